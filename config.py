@@ -1,0 +1,191 @@
+"""Every switch of the project: read from the environment once, here only, into frozen parts.
+
+A component is handed the part it needs and never the whole. Nothing is written back: what a device
+decides at start-up stands in `BackendSpec`. Each field names its flag; `docs/configuration.md`
+lists them all.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+class ConfigError(ValueError):
+    """A flag has a value that nothing here understands.
+
+    The message is one line that names the flag.
+    """
+
+
+class FlagSource(PydanticBaseSettingsSource):
+    """The environment, asked for flags alone: a stray variable called `device` is not a switch.
+
+    An empty flag is unset.
+    """
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        flag = field.alias or ""
+        return os.environ.get(flag) or None, flag, False
+
+    def __call__(self) -> dict[str, Any]:
+        found = (
+            self.get_field_value(field, name)
+            for name, field in self.settings_cls.model_fields.items()
+        )
+        return {flag: value for value, flag, _ in found if value is not None}
+
+
+class Part(BaseSettings):
+    """A frozen group of switches.
+
+    In code a field is set by its own name, in the environment by its flag.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, populate_by_name=True, extra="forbid", protected_namespaces=()
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments first, then the environment; no files."""
+        return init_settings, FlagSource(settings_cls)
+
+
+class ModelSettings(Part):
+    """Which model, from where, in which form."""
+
+    name: str = Field("rd211/Qwen3-0.6B-Instruct", alias="MODEL_NAME")
+    local_dir: str | None = Field(None, alias="MODEL_LOCAL_DIR")  # wins over `name`
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
+        "auto", alias="LOAD_FORMAT"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", alias="DTYPE")
+    trust_remote_code: bool = Field(False, alias="TRUST_REMOTE_CODE")
+    max_model_len: int = Field(0, ge=0, alias="MAX_MODEL_LEN")  # tokens; 0: the model's own context
+
+    @property
+    def served_name(self) -> str:
+        """What the model is called by its users."""
+        return os.path.basename(os.path.normpath(self.local_dir)) if self.local_dir else self.name
+
+
+class DeviceSettings(Part):
+    """Where the model runs and by which kernels."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", alias="DEVICE")
+    attention: Literal["auto", "sdpa"] = Field("auto", alias="ATTN_IMPL")
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, alias="MEMORY_FRACTION"
+    )  # of the device's memory
+
+
+class CacheSettings(Part):
+    """Pages of the KV cache."""
+
+    page_tokens: int = Field(16, ge=1, le=256, alias="PAGE_SIZE_TOKENS")  # tokens in a page
+    budget_tokens: int = Field(
+        0, ge=0, alias="PAGE_TOKEN_BUDGET"
+    )  # capacity in tokens; 0: measured from free memory
+    prefix: bool = Field(True, alias="PREFIX_CACHE")  # keep finished prefixes for reuse
+
+
+class BatchSettings(Part):
+    """How much is computed at once."""
+
+    max_running: int = Field(64, ge=1, alias="MAX_RUNNING")  # rows of a batch
+    max_step_tokens: int = Field(512, ge=1, alias="MAX_STEP_TOKENS")  # token budget of a step
+
+
+class FakeSettings(Part):
+    """The rehearsal backend: how long its steps take and when they fail."""
+
+    step_ms: float = Field(0.0, ge=0, alias="FAKE_STEP_MS")  # milliseconds a step takes
+    token_us: float = Field(
+        0.0, ge=0, alias="FAKE_TOKEN_US"
+    )  # microseconds more for each token of the step
+    fail_at_step: int = Field(
+        0, ge=0, alias="FAKE_FAIL_AT_STEP"
+    )  # the device is lost at this step; 0: never
+    depth: int = Field(1, ge=1, le=8, alias="FAKE_DEPTH")  # steps in flight
+
+
+class BackendSettings(Part):
+    """All that a backend's opener is handed."""
+
+    impl: Literal["auto", "hf", "fake"] = Field("auto", alias="BACKEND_IMPL")
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    device: DeviceSettings = Field(default_factory=DeviceSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    batch: BatchSettings = Field(default_factory=BatchSettings)
+    fake: FakeSettings = Field(default_factory=FakeSettings)
+
+
+class QueueSettings(Part):
+    """Who may wait."""
+
+    max_queued: int = Field(0, ge=0, alias="MAX_QUEUED")  # requests that may wait; 0: no bound
+
+
+class GenerationSettings(Part):
+    """What an answer gets that asks for nothing."""
+
+    max_new_tokens: int = Field(512, ge=1, alias="MAX_NEW_TOKENS_DEFAULT")
+
+
+class Settings(Part):
+    """The whole, for the entry points: they hand its parts down."""
+
+    backend: BackendSettings = Field(default_factory=BackendSettings)
+    queue: QueueSettings = Field(default_factory=QueueSettings)
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    log_level: LogLevel = Field("INFO", alias="LOG_LEVEL")
+
+
+def read_settings() -> Settings:
+    """The settings of this process.
+
+    Raises ConfigError with one line for each flag that is wrong.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: ErrorDetails) -> str:
+    return f"{detail['loc'][-1]}={detail['input']}: {detail['msg']}"
+
+
+# What the runtime of the CPU kernels reads once, when it is loaded. Threads that spin for long at
+# every barrier (the default) take the core from each other as soon as another process wants one:
+# a step then takes tens of times as long. Large pages save a tenth of a decode step.
+CPU_RUNTIME = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def tune_cpu_runtime() -> None:
+    """Set `CPU_RUNTIME` where the environment has no word on it. Useless once torch is loaded."""
+    for name, value in CPU_RUNTIME.items():
+        os.environ.setdefault(name, value)
+
+
+def get_device() -> str:
+    """The best device of this machine: "mps", "cuda" or "cpu", looked for in that order."""
+    import torch  # here, because everything else in this module must load without it
+
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
