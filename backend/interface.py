@@ -1,0 +1,373 @@
+"""What the engine and its backends say to each other: two protocols and plain values.
+
+Loads without torch. Everything here is a value that can travel to another process or be written
+down; a live object never crosses this seam. `Backend` works on requests and batches by itself;
+`StepExecutor` only runs steps that a scheduler plans. Errors (drawn in `backend/errors.py`) and
+sampling parameters have files of their own and are handed on from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from backend.errors import (
+    BackendFailed as BackendFailed,
+    DeviceLost as DeviceLost,
+    EngineError as EngineError,
+    ModelBroken as ModelBroken,
+    ModelNotFound as ModelNotFound,
+    NeverFits as NeverFits,
+    Overloaded as Overloaded,
+    RequestRefused as RequestRefused,
+    StartFailed as StartFailed,
+    TooLong as TooLong,
+    Unsupported as Unsupported,
+)
+from backend.sampling_params import (
+    MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS,
+    NOTHING_MORE as NOTHING_MORE,
+    SamplingParams as SamplingParams,
+    Wants as Wants,
+)
+
+if TYPE_CHECKING:
+    from backend.cache import PrefixCache
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One answer to be generated: all that any engine needs to start it, or to carry it on after
+    another engine died.
+
+    `seed` decides every draw: the token at position p is a pure function of (logits, seed, p).
+    Answers that share one prompt (`n` > 1) share a `group`: all but the first wait until its prompt
+    pages can be leased.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int  # 0 <= seed < 2**63
+    wants: Wants = NOTHING_MORE
+    namespace: str = ""  # prefixes are shared within one namespace only
+    group: str | None = None
+    priority: int = 0  # higher goes first
+    arrival: float = 0.0  # time.monotonic() at the front
+    deadline: float | None = (
+        None  # time.monotonic() after which a request still waiting is given up
+    )
+    received: tuple[int, ...] = ()  # ids of this answer that the client has already
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The resolved length. Raises ValueError before `with_default_length` has settled it."""
+        if self.sampling.max_new_tokens is None:
+            raise ValueError(f"submission {self.id} has no length: call with_default_length first")
+        return self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """Facts decided at start-up: never written back into configuration, the first thing an engine
+    tells the front.
+    """
+
+    name: str  # "hf", "fake", ...
+    model: str  # the name the model is served under
+    folder: (
+        str | None
+    )  # a Hugging Face folder with the tokenizer; None: the built-in byte tokenizer
+    vocabulary: int  # ids are below this
+    max_model_len: int  # tokens of prompt and answer together
+    stop_ids: tuple[int, ...]  # the model's own end tokens
+    page_tokens: int  # tokens in a page
+    pages: int
+    max_running: int  # rows of a batch; slots are 0 .. max_running - 1
+    max_step_tokens: int  # token budget of a step
+    depth: int  # steps that may be in flight
+    device: str
+    dtype: str
+    attention: str
+    parameters: int = 0  # weights of the model
+    weight_bytes: int = 0  # what a decode step reads besides the KV cache
+    kv_bytes_per_token: int = 0
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` positions."""
+        return -(-tokens // self.page_tokens)
+
+    def check(self, submission: Submission) -> None:
+        """Raise RequestRefused if `submission` can never be served here.
+
+        Pure; called once, at arrival.
+        """
+        prompt = submission.prompt
+        if not prompt:
+            raise RequestRefused("prompt is empty: give at least one token", "prompt")
+        for name, ids in (
+            ("prompt", prompt),
+            ("received", submission.received),
+            ("stop_token_ids", submission.sampling.stop_token_ids),
+            ("logit_bias", [token for token, _ in submission.sampling.logit_bias]),
+        ):
+            self._check_ids(name, ids)
+        start = submission.wants.prompt_logprobs_from
+        if start is not None and start >= len(prompt):
+            raise RequestRefused(
+                f"prompt_logprobs_from {start} is beyond the prompt of {len(prompt)} tokens",
+                "prompt_logprobs_from",
+            )
+        self._check_room(len(prompt), submission.max_new_tokens)
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocabulary):
+            wrong = next(token for token in ids if not 0 <= token < self.vocabulary)
+            raise RequestRefused(
+                f"{name} holds token id {wrong}, outside the vocabulary of {self.vocabulary}", name
+            )
+
+    def _check_room(self, prompt: int, new: int) -> None:
+        asked = f"prompt {prompt:,} + max_new_tokens {new:,}"
+        if prompt + new > self.max_model_len:
+            raise TooLong(
+                f"{asked} exceed the context of {self.max_model_len:,}: "
+                "shorten the prompt or lower max_new_tokens",
+                "prompt" if prompt >= self.max_model_len else "max_new_tokens",
+            )
+        needed = self.pages_for(prompt + new)
+        if needed > self.pages:
+            raise NeverFits(
+                f"{asked} need {needed:,} pages of {self.page_tokens} tokens, the cache has "
+                f"{self.pages:,}: shorten the request or raise PAGE_TOKEN_BUDGET",
+                "prompt" if self.pages_for(prompt) > self.pages else "max_new_tokens",
+            )
+
+
+def with_default_length(submission: Submission, spec: BackendSpec, default: int) -> Submission:
+    """Settle `max_new_tokens`: an explicit one stays, the default is clamped to the room left, and
+    to one token at least.
+    """
+    if submission.sampling.max_new_tokens is not None:
+        return submission
+    room = min(spec.max_model_len, spec.pages * spec.page_tokens) - len(submission.prompt)
+    length = max(1, submission.sampling.min_new_tokens, min(default, room))
+    return replace(submission, sampling=replace(submission.sampling, max_new_tokens=length))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of `token` at one position, and the most probable tokens there, best
+    first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why an answer ended. Each accepted submission gets exactly one."""
+
+    reason: FinishReason
+    matched: int | str | None = None  # with "stop": the token id or the stop string
+    message: str | None = None  # with "error": one line for the client
+
+
+@dataclass(slots=True)
+class Delta:
+    """News of one sequence.
+
+    `cached` counts the prompt tokens answered by the cache, and comes once, with the first delta.
+
+    `prompt_logprobs` come once too, with the first token: one entry for each position after
+    `Wants.prompt_logprobs_from`.
+    """
+
+    id: str
+    tokens: Sequence[int] = ()
+    finish: Finish | None = None
+    cached: int | None = None
+    logprobs: Sequence[TokenLogprob] = ()  # parallel to tokens when asked for
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one `advance` brought. The engine owns it until it is published."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    step_tokens: int = 0  # positions the settled step computed
+    step_seconds: float = 0.0  # from its launch to its settlement
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a backend is, for placement, metrics and backpressure."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int  # in the tree, given up when needed
+    pages_leased: int  # held by running sequences
+    preemptions: int
+    steps: int
+
+
+class Backend(Protocol):
+    """Answers submissions and batches by itself. One owner (the engine), one thread."""
+
+    @property
+    def spec(self) -> BackendSpec:
+        """What was decided at start-up."""
+
+    def submit(self, submission: Submission) -> None:
+        """Take over a submission that passed `spec.check`.
+
+        It ends with exactly one Delta that has a finish.
+        """
+
+    def cancel(self, id: str) -> None:
+        """End a submission early, with finish "abort".
+
+        Unknown or ended ids are ignored: the race is the caller's to lose.
+        """
+
+    def advance(self, wait: float) -> StepOutput:
+        """Do the next piece of work. Blocks for `wait` seconds at most when there is none.
+
+        Any number of tokens a sequence may come at once. Raises BackendFailed when nothing more
+        will come.
+        """
+
+    def fileno(self) -> int | None:
+        """A descriptor that turns readable when `advance` has something, to be polled with an
+        inbox; None: call `advance`.
+        """
+
+    def load(self) -> Load:
+        """How busy it is."""
+
+    def warm(self, tokens: int) -> int:
+        """Run `tokens` decode steps of a throwaway sequence, so that no request pays for what is
+        built lazily. Returns the steps run.
+
+        Called while nothing runs.
+        """
+
+    def flush(self) -> int:
+        """Give up every cached prefix that is not in use. Returns the pages freed."""
+
+    def close(self) -> None:
+        """Give back the device. Called once."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSetup:
+    """Sampling state of a row, sent once when a sequence takes the slot; the executor advances it
+    by itself from then on.
+
+    A sequence that comes back after a yield is set up again, from the ids it has by then.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    seed: int
+    stop_ids: tuple[int, ...]  # never drawn while the position drawn is below `min_position`
+    min_position: int
+    prompt: tuple[int, ...] = ()  # filled only where `sampling.penalised`
+    output: tuple[int, ...] = ()  # likewise: generated before the slot was taken
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive positions of one sequence in one step. A decode is a chunk of one.
+
+    `tokens` None: the input is the id that the slot sampled last, which may still be on the device.
+    A chunk that samples draws the token at position `start + count`. `targets` are the ids whose
+    log-probabilities are wanted: `targets[i]` is the successor of position `score_start + i`.
+    """
+
+    slot: int
+    start: int
+    count: int
+    tokens: Sequence[int] | None
+    pages: Sequence[
+        int
+    ]  # appended to the slot's page table before the step; the first chunk brings all (table reset)
+    first: bool  # the slot was newly taken: its page table starts empty
+    samples: bool
+    logprobs: bool = False  # of the sampled token
+    top: int = 0
+    score_start: int = 0
+    targets: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass: decodes first, then chunks of prompts.
+
+    Plain values only, so that it can travel and be recorded.
+    """
+
+    chunks: Sequence[Chunk]
+    taken: Sequence[SlotSetup] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the step computes."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class StepTokens:
+    """Results of a step, parallel to the plan's chunks.
+
+    The two maps hold only the chunks (by index) that asked.
+    """
+
+    tokens: list[Sequence[int]]  # empty for a chunk that does not sample
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+
+
+StepHandle: TypeAlias = Any  # a step in flight; the executor's own, opaque to the scheduler
+
+
+class StepExecutor(Protocol):
+    """Runs planned steps on a device. One owner (the scheduler), one thread.
+
+    A step may be launched before the one ahead of it is collected (`spec.depth` in flight at most),
+    so `launch` never needs a token of a step in flight: it is on the device already. Handles are
+    collected in launch order, each exactly once.
+    """
+
+    @property
+    def spec(self) -> BackendSpec:
+        """What was decided at start-up."""
+
+    @property
+    def cache(self) -> PrefixCache:
+        """The pages of this device. Only the scheduler calls it."""
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start one step. On a CPU the step runs here; on a GPU this returns at once.
+
+        Raises nothing about a single sequence: what can be refused was refused at submit. Raises
+        DeviceLost.
+        """
+
+    def collect(self, handle: StepHandle) -> StepTokens:
+        """Wait for the step.
+
+        Raises DeviceLost when the device is gone: every sequence then ends with that error.
+        """
+
+    def close(self) -> None:
+        """Give back the device. Called once."""
