@@ -1,0 +1,66 @@
+"""Made-up weights for a model of which only the config.json is there: LOAD_FORMAT=dummy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from backend.hf.models import ModelConfig
+from backend.interface import Unsupported
+
+BLOCK = 1 << 22  # elements of one generator: large tensors are drawn on every core
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class DummyWeights:
+    """A WeightSource that holds every name: norms are ones, biases zeros, the rest is normal.
+
+    A tensor depends on its name, shape and the config's dtype and `initializer_range` alone, so
+    every process and every run makes the same model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        if name not in DTYPES:
+            raise Unsupported(
+                f"config.json has dtype {name}: made-up weights are {', '.join(DTYPES)}"
+            )
+        self._dtype = DTYPES[name]
+        self._deviation = float(config.get("initializer_range", 0.02))
+
+    def __enter__(self) -> DummyWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def has(self, name: str) -> bool:
+        """Every name."""
+        return True
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor, on the CPU, in the config's dtype."""
+        if name.endswith(".bias"):
+            return torch.zeros(shape, dtype=self._dtype)
+        if len(shape) == 1:  # in a decoder only norms have weights of one dimension
+            return torch.ones(shape, dtype=self._dtype)
+        tensor = torch.empty(shape, dtype=self._dtype)
+        flat = tensor.view(-1)
+
+        def fill(start: int) -> None:
+            digest = hashlib.blake2b(f"{name} {start}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            flat[start : start + BLOCK].normal_(0.0, self._deviation, generator=generator)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, range(0, flat.numel(), BLOCK)))
+        return tensor
