@@ -1,0 +1,60 @@
+"""The seam between a model and the kernels that read paged KV, and the table of choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from backend.hf.batch import ForwardBatch
+
+ATTENTION: dict[str, str] = {
+    "sdpa": "backend.hf.attention.sdpa:SdpaAttention",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """Shape of the KV cache: one group of layers, each token one row of K heads, then V heads."""
+
+    layers: int
+    kv_heads: int
+    key_width: int  # of a head
+    value_width: int
+
+    @property
+    def row(self) -> int:
+        """Elements of one token in one layer."""
+        return self.kv_heads * (self.key_width + self.value_width)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """How one layer attends. An implementation honours all of it or refuses at start."""
+
+    scale: float  # on the dot products
+    window: int | None = (
+        None  # a query sees this many positions, its own included; None: all before it
+    )
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: Tensor | None = (
+        None  # [heads]: a logit a head that takes part in the softmax and has no value
+    )
+
+
+class PagedAttention(Protocol):
+    """Writes a step's keys and values into the pages and attends over them.
+
+    One owner: the executor.
+    """
+
+    def attend(
+        self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
+    ) -> Tensor:
+        """Causal attention of every token of `batch` over its own sequence.
+
+        query [tokens, heads, key_width]; kv [tokens, row]: K heads, then V heads, written to
+        `batch.write_at` of this layer's pool first. Returns [tokens, heads, value_width]. heads is
+        a multiple of kv_heads: query head h reads KV head h // (heads // kv_heads).
+        """

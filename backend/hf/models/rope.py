@@ -1,0 +1,133 @@
+"""Rotary position embedding (Su et al. 2021), half-split pairs, and the scalings that stretch it to
+longer contexts.
+
+linear: Chen et al. 2023. llama3: Llama 3.1's published rule. yarn: Peng et al. 2023. A kind that
+changes frequencies with the length of the sequence (dynamic, longrope) is refused: keys already in
+the cache were rotated by other angles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backend.hf.models import ModelConfig
+from backend.interface import Unsupported
+
+Parameters = dict[str, Any]
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [tokens, 1, head_dim], the first half of sin negated
+
+
+def rope_parameters(config: ModelConfig) -> Parameters:
+    """The rotary part of a config.json, in the form of transformers 5 (`rope_parameters`) or before
+    it (`rope_scaling`).
+    """
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    found.setdefault("rope_type", found.pop("type", "default"))
+    return found
+
+
+def _plain(parameters: Parameters, width: int) -> Tensor:
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / (float(parameters["rope_theta"]) ** exponents)
+
+
+def _default(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+    return _plain(parameters, width), 1.0
+
+
+def _linear(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+    return _plain(parameters, width) / float(parameters["factor"]), 1.0
+
+
+def _llama3(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    frequencies = _plain(parameters, width)
+    original = float(parameters["original_max_position_embeddings"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    turns = original * frequencies / (2 * math.pi)  # over the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / float(parameters["factor"])), 1.0
+
+
+def _yarn(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+    """Interpolates what turns less than `beta_slow` times, keeps what turns more than `beta_fast`,
+    and sharpens attention.
+    """
+    frequencies = _plain(parameters, width)
+    original = parameters.get("original_max_position_embeddings") or context
+    factor = float(parameters.get("factor") or context / original)
+    base = float(parameters["rope_theta"])
+
+    def dimension(turns: float) -> float:
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = dimension(float(parameters.get("beta_fast") or 32))
+    high = dimension(float(parameters.get("beta_slow") or 1))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor), _yarn_sharpness(parameters, factor)
+
+
+def _yarn_sharpness(parameters: Parameters, factor: float) -> float:
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+    scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if scale and scale_all:
+        return _logarithmic(factor, float(scale)) / _logarithmic(factor, float(scale_all))
+    return _logarithmic(factor, 1.0)
+
+
+def _logarithmic(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+ROPE_TYPES: dict[str, Callable[[Parameters, int, int], tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+class Rotary:
+    """Angles of one model.
+
+    Holds one frequency a pair; cos and sin are made anew each step, once for all layers.
+    """
+
+    def __init__(self, config: ModelConfig, head_dim: int, dtype: torch.dtype, device: str) -> None:
+        parameters = rope_parameters(config)
+        kind = parameters["rope_type"]
+        if kind not in ROPE_TYPES:
+            known = ", ".join(ROPE_TYPES)
+            raise Unsupported(f"rope scaling {kind!r} is not among those served ({known})")
+        frequencies, self._scale = ROPE_TYPES[kind](
+            parameters, head_dim, config.get("max_position_embeddings", 0)
+        )
+        self._frequencies = torch.cat([frequencies, frequencies]).to(device)
+        self._dtype = dtype
+        self._sign = torch.ones(head_dim, device=device)
+        self._sign[: head_dim // 2] = -1
+
+    def at(self, positions: Tensor) -> Rotation:
+        """cos and signed sin for `positions` [tokens]."""
+        angles = positions[:, None, None].float() * self._frequencies
+        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale * self._sign
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> None:
+    """Turn `heads` [tokens, heads, head_dim] in place."""
+    cos, sin = rotation
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    heads.mul_(cos).addcmul_(swapped, sin)
