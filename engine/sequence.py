@@ -1,0 +1,201 @@
+"""A submission at work: its ids, its place on the device, and how far each has come.
+
+Owned by the scheduler alone. What was planned and what came back are two numbers, so that the next
+step can be planned while the last one's tokens are still on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Values
+from dataclasses import dataclass, field
+
+from backend.cache import Lease
+from backend.interface import Chunk, Finish, SlotSetup, Submission, TokenLogprob
+
+
+@dataclass(eq=False, slots=True)
+class Placement:
+    """What a running sequence holds: a row of the batch and its pages.
+
+    Made at admission, gone at retirement.
+    """
+
+    slot: int
+    lease: Lease
+    prefill_end: (
+        int  # positions known at admission; from there on each input is the token sampled before it
+    )
+    planned: int  # positions given to the device
+    settled: int  # positions whose step has come back
+    sent_pages: int = 0  # pages of the lease that the device knows of
+    inflight: int = 0  # steps not settled; while there is one, nothing is given back
+    sampling: int = 0  # of these, those that bring a token
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One answer, from its submission to its finish."""
+
+    submission: Submission
+    number: int  # order of arrival: the highest is the youngest
+    stop_ids: frozenset[int]
+    ids: list[int]  # prompt and settled output
+    placement: Placement | None = None
+    cached: int | None = (
+        None  # prompt tokens answered by the cache at the first admission; None: not admitted yet
+    )
+    reported: bool = False  # `cached` has gone out
+    scored: bool = False  # all prompt log-probabilities are there
+    scores: list[TokenLogprob] = field(default_factory=list)
+    leaving: bool = (
+        False  # ended or yielding: no further chunk, results of steps in flight are dropped
+    )
+    returns: bool = False  # with leaving: goes back to the queue instead of ending
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.submission.prompt)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer that are settled, those received before included."""
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def here(self) -> Placement:
+        """The placement of a running sequence."""
+        assert self.placement is not None, f"sequence {self.submission.id} is not running"
+        return self.placement
+
+    @property
+    def score_from(self) -> int | None:
+        """First prompt position whose successor is still to be scored."""
+        return None if self.scored else self.submission.wants.prompt_logprobs_from
+
+    @property
+    def match_limit(self) -> int:
+        """Positions that a cache match may answer: the last known token is computed again, and so
+        are scored positions.
+        """
+        limit = len(self.ids) - 1
+        return limit if self.score_from is None else min(limit, self.score_from)
+
+    @property
+    def prompt_settled(self) -> bool:
+        """Whether all that was known at admission is computed, and in the tree."""
+        return self.here.settled >= self.here.prefill_end
+
+    @property
+    def prefilling(self) -> bool:
+        return self.here.planned < self.here.prefill_end
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a next token can be planned: the prompt is under way, and not all tokens are
+        promised yet.
+        """
+        promised = self.generated + self.here.sampling
+        return not self.prefilling and promised < self.submission.max_new_tokens
+
+    @property
+    def growth(self) -> int:
+        """Tokens that may still come."""
+        return self.submission.max_new_tokens - self.generated
+
+    def place(self, slot: int, lease: Lease) -> None:
+        """Start to run, in `slot`, on the pages of `lease`."""
+        self.placement = Placement(slot, lease, len(self.ids), lease.shared, lease.shared)
+        if self.cached is None:
+            self.cached = min(lease.shared, self.prompt_tokens)
+
+    def displace(self) -> Lease:
+        """Stop running.
+
+        Returns the lease, for its owner to close; scores of an unfinished prompt are done again.
+        """
+        lease = self.here.lease
+        self.placement = None
+        self.leaving = False
+        if not self.scored:
+            self.scores = []
+        return lease
+
+    def append(self, tokens: Values[int]) -> tuple[int, Finish | None]:
+        """Take settled tokens up to the one that ends the answer.
+
+        Returns how many were taken, and that end.
+        """
+        for count, token in enumerate(tokens, start=1):
+            self.ids.append(token)
+            if token in self.stop_ids:
+                return count, Finish("stop", matched=token)
+            if not self.growth:
+                return count, Finish("length")
+        done = self.prompt_settled and not self.growth  # asked for no token at all
+        return len(tokens), Finish("length") if done else None
+
+    def report(self) -> int | None:
+        """The cached count, the first time it is asked for."""
+        if self.reported:
+            return None
+        self.reported = True
+        return self.cached or 0
+
+    def report_scores(self) -> list[TokenLogprob]:
+        """The prompt log-probabilities, the first time they are complete."""
+        scores, self.scores = self.scores, []
+        self.scored = True
+        return scores
+
+    def setup(self) -> SlotSetup:
+        """What the device must know to sample for this sequence in its slot."""
+        sampling = self.submission.sampling
+        return SlotSetup(
+            slot=self.here.slot,
+            sampling=sampling,
+            seed=self.submission.seed,
+            stop_ids=tuple(sorted(self.stop_ids)),
+            min_position=self.prompt_tokens + sampling.min_new_tokens,
+            prompt=self.submission.prompt if sampling.penalised else (),
+            output=tuple(self.ids[self.prompt_tokens :]) if sampling.penalised else (),
+        )
+
+    def next_chunk(self, budget: int) -> Chunk:
+        """The next positions, `budget` at most, marked as planned.
+
+        The lease holds their pages already.
+        """
+        here = self.here
+        start = here.planned
+        decode = start >= here.prefill_end
+        count = 1 if decode else min(budget, here.prefill_end - start)
+        end = start + count
+        samples = end >= here.prefill_end and self.submission.max_new_tokens > 0
+        score_start, targets = (0, ()) if decode else self._targets(start, end)
+        chunk = Chunk(
+            slot=here.slot,
+            start=start,
+            count=count,
+            tokens=None if decode else self.ids[start:end],
+            pages=here.lease.pages[here.sent_pages :],
+            first=here.sent_pages == 0,
+            samples=samples,
+            logprobs=samples and self.submission.wants.logprobs,
+            top=self.submission.wants.top,
+            score_start=score_start,
+            targets=targets,
+        )
+        here.planned = end
+        here.sent_pages = len(here.lease.pages)
+        here.inflight += 1
+        here.sampling += samples
+        return chunk
+
+    def _targets(self, start: int, end: int) -> tuple[int, tuple[int, ...]]:
+        """Where scoring begins in positions `start:end`, and the prompt ids that follow each scored
+        position.
+        """
+        if self.score_from is None:
+            return 0, ()
+        first = max(start, self.score_from)
+        return first, self.submission.prompt[first + 1 : end + 1] if first < end else ()
