@@ -1,0 +1,123 @@
+"""The loop of one engine: take requests, advance the backend, hand out what it brought.
+
+Owned by `LLM`, or by the worker of an engine process; one thread. Whatever fails, each accepted
+submission ends with exactly one finish.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+from backend.interface import (
+    Backend,
+    BackendFailed,
+    BackendSpec,
+    Delta,
+    Finish,
+    Load,
+    RequestRefused,
+    StepOutput,
+    Submission,
+)
+from config import QueueSettings
+from engine.waiting_room import WaitingRoom
+
+logger = logging.getLogger(__name__)
+
+LOOK_AHEAD = 8  # submissions a backend holds beyond its rows, so that a freed row is filled at once
+
+
+class Engine:
+    """A backend with a waiting room in front of it."""
+
+    def __init__(self, backend: Backend, queue: QueueSettings) -> None:
+        self._backend = backend
+        self._room = WaitingRoom(queue)
+        self._live: dict[str, None] = {}  # ids accepted and not finished, in order of arrival
+        self._ended: list[Delta] = []  # finishes decided here, to go out with the next step
+        self._failure: str | None = None
+
+    @property
+    def spec(self) -> BackendSpec:
+        return self._backend.spec
+
+    @property
+    def idle(self) -> bool:
+        """Whether every accepted submission has had its finish."""
+        return not self._live
+
+    def submit(self, submission: Submission) -> None:
+        """Accept a submission.
+
+        Raises RequestRefused, Overloaded or BackendFailed, and then nothing is kept of it.
+        """
+        if self._failure is not None:
+            raise BackendFailed(self._failure)
+        if submission.id in self._live:
+            raise RequestRefused(f"id {submission.id!r} is in use: choose another", "id")
+        self.spec.check(submission)
+        self._room.push(submission)
+        self._live[submission.id] = None
+
+    def cancel(self, id: str) -> None:
+        """End a submission early, with finish "abort". Unknown and ended ids are ignored."""
+        if self._room.remove(id):
+            self._ended.append(Delta(id, finish=Finish("abort"), cached=0))
+        elif id in self._live:
+            self._backend.cancel(id)
+
+    def step(self, wait: float = 0.0) -> StepOutput:
+        """Do the next piece of work. Blocks for `wait` seconds at most when there is none."""
+        now = time.monotonic()
+        self._expire(now)
+        try:
+            self._feed(now)
+            output = self._backend.advance(wait)
+        except Exception as error:  # whatever it is, nobody may be left waiting for an answer
+            output = self._fail(error)
+        output.deltas[:0], self._ended = self._ended, []
+        for delta in output.deltas:
+            if delta.finish is not None:
+                self._live.pop(delta.id, None)
+        return output
+
+    def _expire(self, now: float) -> None:
+        message = "the deadline passed while the request waited"
+        for submission in self._room.expire(now):
+            self._ended.append(Delta(submission.id, finish=Finish("abort", message=message)))
+
+    def _feed(self, now: float) -> None:
+        """Hand over what the backend has rows for, and a little more."""
+        load = self._backend.load()
+        room = self.spec.max_running + LOOK_AHEAD - load.running - load.waiting
+        while room > 0 and (submission := self._room.next(now)) is not None:
+            self._backend.submit(submission)
+            room -= 1
+
+    def _fail(self, error: Exception) -> StepOutput:
+        """End everything with an error, and refuse what comes after."""
+        logger.error("the backend failed", exc_info=error)
+        self._failure = f"the backend failed: {type(error).__name__}: {error}"
+        self._room.clear()
+        finish = Finish("error", message=self._failure)
+        ended = {delta.id for delta in self._ended}
+        return StepOutput([Delta(id, finish=finish) for id in self._live if id not in ended])
+
+    def load(self) -> Load:
+        """The backend's load, with those that wait here."""
+        load = self._backend.load()
+        return replace(load, waiting=load.waiting + len(self._room))
+
+    def warm(self, tokens: int) -> int:
+        """Run `tokens` decode steps for nobody. Returns the steps run. Called while idle."""
+        return self._backend.warm(tokens)
+
+    def flush(self) -> int:
+        """Give up every cached prefix that is not in use. Returns the pages freed."""
+        return self._backend.flush()
+
+    def close(self) -> None:
+        """Give back the device. Called once."""
+        self._backend.close()

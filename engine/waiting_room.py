@@ -1,0 +1,103 @@
+"""Who waits, in which order, for how long: the one queue in front of a backend.
+
+Owned by whoever admits requests (an engine without a pool, or the pool of replicas). Highest
+priority first, then first come, first served. The bound and the honest answer beyond it are here
+too.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from backend.interface import Overloaded, Submission
+from config import QueueSettings
+
+DEPARTURES_REMEMBERED = 64  # enough to smooth a burst, few enough to follow the load
+WAIT_UNKNOWN_S = 1.0  # what is said while nothing has left yet
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request with its place in line."""
+
+    priority: int
+    number: int
+    submission: Submission
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts the next one first."""
+        return -self.priority, self.number
+
+
+class WaitingRoom:
+    """A bounded queue of submissions. Times are `time.monotonic()` seconds, given by the caller."""
+
+    def __init__(self, settings: QueueSettings) -> None:
+        self._bound = settings.max_queued
+        self._line: list[Waiting] = []
+        self._count = 0
+        self._departures: deque[float] = deque(maxlen=DEPARTURES_REMEMBERED)
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def push(self, submission: Submission) -> None:
+        """Queue a submission. Raises Overloaded when `MAX_QUEUED` wait already."""
+        if self._bound and len(self._line) >= self._bound:
+            raise Overloaded(
+                f"{len(self._line)} requests wait (MAX_QUEUED={self._bound}): try again later",
+                queue_depth=len(self._line),
+                retry_after_s=self.expected_wait(1),
+            )
+        insort(self._line, Waiting(submission.priority, self._count, submission), key=_place)
+        self._count += 1
+
+    def next(self, now: float) -> Submission | None:
+        """Take the first in line; None when nobody waits."""
+        if not self._line:
+            return None
+        self._departures.append(now)
+        return self._line.pop(0).submission
+
+    def expire(self, now: float) -> list[Submission]:
+        """Take out everybody whose deadline has passed."""
+        late = [each for each in self._line if _is_late(each.submission, now)]
+        if late:
+            self._line = [each for each in self._line if not _is_late(each.submission, now)]
+        return [each.submission for each in late]
+
+    def remove(self, id: str) -> bool:
+        """Take out one submission. False when it does not wait here."""
+        position = self.position(id)
+        if position is None:
+            return False
+        del self._line[position]
+        return True
+
+    def position(self, id: str) -> int | None:
+        """How many are ahead of `id`; None when it does not wait here."""
+        ids = (index for index, each in enumerate(self._line) if each.submission.id == id)
+        return next(ids, None)
+
+    def clear(self) -> list[Submission]:
+        """Take out everybody."""
+        everybody, self._line = self._line, []
+        return [each.submission for each in everybody]
+
+    def expected_wait(self, ahead: int) -> float:
+        """Seconds until `ahead` requests have left, by the rate at which the last ones did."""
+        if len(self._departures) < 2 or self._departures[-1] == self._departures[0]:
+            return WAIT_UNKNOWN_S
+        seconds = self._departures[-1] - self._departures[0]
+        return ahead * seconds / (len(self._departures) - 1)
+
+
+def _place(waiting: Waiting) -> tuple[int, int]:
+    return waiting.place
+
+
+def _is_late(submission: Submission, now: float) -> bool:
+    return submission.deadline is not None and submission.deadline <= now

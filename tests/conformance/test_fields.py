@@ -1,0 +1,193 @@
+"""Each field of SamplingParams and Wants has the effect that it documents, on every backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import pytest
+
+from backend.interface import Finish, SamplingParams, Wants
+from tests.conformance.cases import PLAIN, PROMPTS, SAMPLINGS, ask
+from tests.conformance.driver import Driver
+
+
+def answers(driver: Driver, sampling: SamplingParams) -> list[list[int]]:
+    """What `sampling` makes of all prompts. The ids are free again once they have ended."""
+    asked = [ask(str(index), prompt, sampling) for index, prompt in enumerate(PROMPTS)]
+    return [answer.tokens for answer in driver.run(*asked)]
+
+
+HOT = replace(PLAIN, temperature=1.0)
+
+
+def temperature(driver: Driver) -> None:
+    greedy = answers(driver, PLAIN)
+    assert answers(driver, HOT) != greedy
+    assert answers(driver, replace(HOT, temperature=3.0)) != answers(driver, HOT)
+    assert answers(driver, replace(HOT, temperature=1e-3)) == greedy
+
+
+def top_p(driver: Driver) -> None:
+    greedy, wild = answers(driver, PLAIN), replace(PLAIN, temperature=3.0)
+    assert answers(driver, wild) != greedy
+    assert answers(driver, replace(wild, top_p=1e-6)) == greedy
+    assert answers(driver, replace(wild, top_p=0.5)) != answers(driver, wild)
+
+
+def top_k(driver: Driver) -> None:
+    greedy, wild = answers(driver, PLAIN), replace(PLAIN, temperature=3.0)
+    assert answers(driver, replace(wild, top_k=1)) == greedy
+    assert answers(driver, replace(wild, top_k=2)) != answers(driver, wild)
+    assert answers(driver, replace(wild, top_k=10**9)) == answers(driver, wild)
+
+
+def min_p(driver: Driver) -> None:
+    greedy, wild = answers(driver, PLAIN), replace(PLAIN, temperature=3.0)
+    assert answers(driver, replace(wild, min_p=1.0)) == greedy
+    assert answers(driver, replace(wild, min_p=0.6)) != answers(driver, wild)
+
+
+def frequency_penalty(driver: Driver) -> None:
+    assert answers(driver, replace(PLAIN, frequency_penalty=2.0)) != answers(driver, PLAIN)
+    assert repeats(driver, frequency_penalty=2.0) < repeats(driver, frequency_penalty=-2.0)
+
+
+def presence_penalty(driver: Driver) -> None:
+    assert answers(driver, replace(PLAIN, presence_penalty=2.0)) != answers(driver, PLAIN)
+    assert repeats(driver, presence_penalty=2.0) < repeats(driver, presence_penalty=-2.0)
+
+
+def repetition_penalty(driver: Driver) -> None:
+    assert answers(driver, replace(PLAIN, repetition_penalty=5.0)) != answers(driver, PLAIN)
+    assert repeats(driver, repetition_penalty=5.0) < repeats(driver, repetition_penalty=0.2)
+
+
+def repeats(driver: Driver, **sampling: float) -> int:
+    """Tokens that had been drawn before in the same answer."""
+    all_tokens = answers(driver, replace(PLAIN, **sampling))  # type: ignore[arg-type]
+    return sum(len(tokens) - len(set(tokens)) for tokens in all_tokens)
+
+
+def logit_bias(driver: Driver) -> None:
+    assert answers(driver, replace(PLAIN, logit_bias=((8, 100.0),))) == [[8] * 12] * len(PROMPTS)
+    barred = tuple((tokens[0], -100.0) for tokens in answers(driver, PLAIN))
+    for tokens in answers(driver, replace(PLAIN, logit_bias=barred)):
+        assert not {token for token, _ in barred} & set(tokens)
+
+
+def max_new_tokens(driver: Driver) -> None:
+    for count in (0, 1, 5):
+        (answer,) = driver.run(ask(str(count), sampling=replace(PLAIN, max_new_tokens=count)))
+        assert len(answer.tokens) == count
+        assert answer.finishes == [Finish("length")]
+        assert len(answer.cached) == 1
+
+
+def min_new_tokens(driver: Driver) -> None:
+    for least in (0, 1, 7, 12):
+        lifted = replace(PLAIN, logit_bias=((8, 100.0),), stop_token_ids=(8,), min_new_tokens=least)
+        (answer,) = driver.run(ask(str(least), sampling=lifted))
+        assert 8 not in answer.tokens[:least]
+        assert len(answer.tokens) == min(least + 1, 12)
+        assert answer.finishes == [Finish("length") if least == 12 else Finish("stop", matched=8)]
+
+
+def stop_token_ids(driver: Driver) -> None:
+    (free,) = driver.run(ask("free"))
+    for stop in sorted(set(free.tokens)):
+        (answer,) = driver.run(ask("stops", sampling=replace(PLAIN, stop_token_ids=(95, stop))))
+        assert answer.tokens == free.tokens[: free.tokens.index(stop) + 1]
+        assert answer.finishes == [Finish("stop", matched=stop)]
+
+
+def ignore_eos(driver: Driver) -> None:
+    end = driver.spec.stop_ids[0]
+    drawn = replace(PLAIN, logit_bias=((end, 100.0),))
+    kept, ended = driver.run(
+        ask("kept", sampling=drawn), ask("ended", sampling=replace(drawn, ignore_eos=False))
+    )
+    assert kept.tokens == [end] * 12
+    assert (ended.tokens, ended.finishes) == ([end], [Finish("stop", matched=end)])
+
+
+def logprobs(driver: Driver) -> None:
+    """Those of generated tokens are those of the same ids as a prompt, under any sampling."""
+    for index, sampling in enumerate(SAMPLINGS):
+        wanted, plain = driver.run(
+            ask(f"{index}", sampling=sampling, wants=Wants(logprobs=True)),
+            ask(f"{index} plain", sampling=sampling),
+        )
+        assert wanted.tokens == plain.tokens
+        assert not plain.logprobs
+        assert [each.token for each in wanted.logprobs] == wanted.tokens
+        whole = (*PROMPTS[2], *wanted.tokens)
+        wants = Wants(prompt_logprobs_from=len(PROMPTS[2]) - 1)
+        (scored,) = driver.run(ask("scored", whole, wants=wants))
+        for one, other in zip(wanted.logprobs, scored.prompt_logprobs, strict=True):
+            assert one.token == other.token
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def prompt_logprobs_from(driver: Driver) -> None:
+    prompt = PROMPTS[4]
+    (everything,) = driver.run(ask("all", prompt, wants=Wants(prompt_logprobs_from=0)))
+    assert [each.token for each in everything.prompt_logprobs] == list(prompt[1:])
+    assert all(each.logprob < 0 for each in everything.prompt_logprobs)
+    for start in (0, 7, 8, 22):
+        wants = Wants(prompt_logprobs_from=start)
+        (answer,) = driver.run(ask(f"from {start}", prompt, wants=wants))
+        assert answer.tokens == everything.tokens
+        assert answer.cached[0] <= start
+        rest = everything.prompt_logprobs[start:]
+        for one, other in zip(answer.prompt_logprobs, rest, strict=True):
+            assert one.token == other.token
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def top(driver: Driver) -> None:
+    wants = Wants(logprobs=True, prompt_logprobs_from=0, top=20)
+    (answer,) = driver.run(ask("a", wants=wants))
+    for each in (*answer.logprobs, *answer.prompt_logprobs):
+        best = [logprob for _, logprob in each.top]
+        assert len({token for token, _ in each.top}) == 20
+        assert best == sorted(best, reverse=True)
+        assert sum(map(math.exp, best)) <= 1 + 1e-5
+        assert dict(each.top).get(each.token, each.logprob) == pytest.approx(each.logprob, abs=1e-5)
+    assert [each.top[0][0] for each in answer.logprobs] == answer.tokens
+    (few,) = driver.run(ask("b", wants=replace(wants, top=2)))
+    assert [each.token for each in few.logprobs] == answer.tokens
+    assert {len(each.top) for each in (*few.logprobs, *few.prompt_logprobs)} == {2}
+    (alone,) = driver.run(ask("c", wants=Wants(top=2)))
+    assert not [*alone.logprobs, *alone.prompt_logprobs]
+
+
+FIELDS: dict[str, Callable[[Driver], None]] = {
+    case.__name__: case
+    for case in (
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        frequency_penalty,
+        presence_penalty,
+        repetition_penalty,
+        logit_bias,
+        max_new_tokens,
+        min_new_tokens,
+        stop_token_ids,
+        ignore_eos,
+        logprobs,
+        prompt_logprobs_from,
+        top,
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for kind in (SamplingParams, Wants) for field in fields(kind)]
+)
+def test_each_field_has_the_effect_that_it_documents(driver: Driver, name: str) -> None:
+    assert name in FIELDS, f"{name} is a new field: say in a case here what it does"
+    FIELDS[name](driver)
