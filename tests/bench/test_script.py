@@ -1,0 +1,55 @@
+"""How a script starts and ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from backend.interface import ModelNotFound
+from bench.script import run_script
+from config import ConfigError
+
+
+@pytest.mark.parametrize("error", [ModelNotFound("no model there"), ConfigError("no model there")])
+def test_an_error_of_ours_is_one_line_and_exit_code_1(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "no model there\n"
+
+
+def test_an_error_of_nobody_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(main)
+
+
+def test_the_exit_code_is_what_main_says_and_130_after_ctrl_c() -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    for main, code in ((lambda: 0, 0), (lambda: 1, 1), (interrupted, 130)):
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+        assert ended.value.code == code
+
+
+def test_the_age_of_a_process_counts_what_was_before_the_import(root: Path) -> None:
+    code = "import time; time.sleep(0.3); from bench.script import process_age as age; print(age())"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    tick = 0.02  # the kernel counts in hundredths
+    assert 0.3 <= float(done.stdout) <= time.monotonic() - start + tick
