@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
-from threading import Event
 from typing import TYPE_CHECKING
 
 from backend.interface import BackendFailed, RequestRefused, SamplingParams
@@ -31,19 +29,6 @@ def parser() -> Parser:
     options.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     options.add_argument("--seed", type=int, help="of the first answer; the next counts on from it")
     return options
-
-
-@contextmanager
-def ctrl_c_noted() -> Iterator[Event]:
-    """While inside, Ctrl-C sets the event instead of raising: an exception in the middle of a step
-    would leave the engine in pieces.
-    """
-    pressed = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(slots=True)
@@ -77,7 +62,7 @@ class Chat:
         pieces = self.llm.stream(prompt, self.sampling, seed=next(self.seeds))
         text, tokens, cached, ending = "", 0, 0, "stopped"
         start = first = time.perf_counter()
-        with ctrl_c_noted() as pressed, closing(pieces):
+        with suppress(KeyboardInterrupt), closing(pieces):
             for piece in pieces:
                 first = first if tokens else time.perf_counter()
                 text += piece.text
@@ -89,8 +74,6 @@ class Chat:
                     if piece.finish.reason == "error":
                         raise BackendFailed(piece.finish.message or "the answer failed")
                     ending = piece.finish.reason
-                elif pressed.is_set():
-                    break
         decode_s = max(time.perf_counter() - first, 1e-9)
         sys.stdout.write("\n")
         self.console.print(
@@ -103,6 +86,8 @@ class Chat:
 
 def questions() -> Iterator[str]:
     """What the user types, line by line, until the end of input or /exit."""
+    if sys.stdin is None:  # closed by whoever started us
+        return
     with suppress(ImportError):
         import_module("readline")  # where it exists, `input` edits lines and knows the last ones
     prompt = "you> " if sys.stdin.isatty() else ""

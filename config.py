@@ -98,7 +98,7 @@ class CacheSettings(Part):
 
     page_tokens: int = Field(16, ge=1, le=256, alias="PAGE_SIZE_TOKENS")  # tokens in a page
     budget_tokens: int = Field(
-        0, ge=0, alias="PAGE_TOKEN_BUDGET"
+        0, ge=0, le=1 << 28, alias="PAGE_TOKEN_BUDGET"
     )  # capacity in tokens; 0: measured from free memory
     prefix: bool = Field(True, alias="PREFIX_CACHE")  # keep finished prefixes for reuse
 
@@ -106,8 +106,10 @@ class CacheSettings(Part):
 class BatchSettings(Part):
     """How much is computed at once."""
 
-    max_running: int = Field(64, ge=1, alias="MAX_RUNNING")  # rows of a batch
-    max_step_tokens: int = Field(512, ge=1, alias="MAX_STEP_TOKENS")  # token budget of a step
+    max_running: int = Field(64, ge=1, le=4096, alias="MAX_RUNNING")  # rows of a batch
+    max_step_tokens: int = Field(
+        512, ge=1, le=1 << 20, alias="MAX_STEP_TOKENS"
+    )  # token budget of a step
 
 
 class FakeSettings(Part):
@@ -170,16 +172,15 @@ def _explain(detail: ErrorDetails) -> str:
     return f"{detail['loc'][-1]}={detail['input']}: {detail['msg']}"
 
 
-# What the runtime of the CPU kernels reads once, when it is loaded. Threads that spin for long at
-# every barrier (the default) take the core from each other as soon as another process wants one:
-# a step then takes tens of times as long. Large pages save a tenth of a decode step.
-CPU_RUNTIME = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
+# How long a thread of the CPU kernels spins at a barrier before it sleeps. By default that is
+# milliseconds: two threads on one core, as soon as another process wants the other, then wait for
+# each other at every operation, and a step takes tens of times as long.
+OPENMP_SPINS = "10000"
 
 
-def tune_cpu_runtime() -> None:
-    """Set `CPU_RUNTIME` where the environment has no word on it. Useless once torch is loaded."""
-    for name, value in CPU_RUNTIME.items():
-        os.environ.setdefault(name, value)
+def calm_openmp() -> None:
+    """Bound how long OpenMP threads spin, unless GOMP_SPINCOUNT is set. Before torch is loaded."""
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
 
 
 def get_device() -> str:

@@ -76,9 +76,7 @@ class BackendSpec:
 
     name: str  # "hf", "fake", ...
     model: str  # the name the model is served under
-    folder: (
-        str | None
-    )  # a Hugging Face folder with the tokenizer; None: the built-in byte tokenizer
+    folder: str | None  # the model's Hugging Face folder; None: there is no model
     vocabulary: int  # ids are below this
     max_model_len: int  # tokens of prompt and answer together
     stop_ids: tuple[int, ...]  # the model's own end tokens
@@ -119,9 +117,14 @@ class BackendSpec:
                 f"prompt_logprobs_from {start} is beyond the prompt of {len(prompt)} tokens",
                 "prompt_logprobs_from",
             )
+        if not 0 <= submission.seed < 1 << 63:
+            raise RequestRefused(f"seed must be 0 to 2**63 - 1, got {submission.seed}", "seed")
         self._check_room(len(prompt), submission.max_new_tokens)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if not set(map(type, ids)) <= {int}:
+            wrong = next(token for token in ids if type(token) is not int)
+            raise RequestRefused(f"{name} must hold token ids, holds {wrong!r}", name)
         if ids and not (min(ids) >= 0 and max(ids) < self.vocabulary):
             wrong = next(token for token in ids if not 0 <= token < self.vocabulary)
             raise RequestRefused(
@@ -177,6 +180,9 @@ class Finish:
     reason: FinishReason
     matched: int | str | None = None  # with "stop": the token id or the stop string
     message: str | None = None  # with "error": one line for the client
+
+
+EXPIRED = Finish("abort", message="the deadline passed while the request waited")
 
 
 @dataclass(slots=True)

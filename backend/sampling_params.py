@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from backend.errors import RequestRefused
@@ -10,9 +11,29 @@ from backend.errors import RequestRefused
 MAX_TOP_LOGPROBS = 20  # the bound of OpenAI's API
 
 
+# field -> (what holds for it, in words); NaN holds for none
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value <= 100, "between 0 and 100"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "frequency_penalty": (lambda value: -2 <= value <= 2, "between -2 and 2"),
+    "presence_penalty": (lambda value: -2 <= value <= 2, "between -2 and 2"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "above 0 and finite"),
+}
+
+
 def _refuse_unless(holds: bool, param: str, wanted: str, got: object) -> None:
     if not holds:
         raise RequestRefused(f"{param} must be {wanted}, got {got!r}", param)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    """A length of 2.5 would never be reached."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,49 +57,26 @@ class SamplingParams:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
-    max_new_tokens: int | None = (
-        None  # None: the front's default, clamped to the room left in the context
-    )
+    max_new_tokens: int | None = None  # None: the front's default, clamped to the room left
     min_new_tokens: int = 0  # until then no stop id can be drawn
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # the model's own end tokens do not stop; `stop_token_ids` still do
 
     def __post_init__(self) -> None:
-        for name in (
-            "temperature",
-            "top_p",
-            "min_p",
-            "frequency_penalty",
-            "presence_penalty",
-            "repetition_penalty",
-        ):
-            _refuse_unless(
-                math.isfinite(getattr(self, name)), name, "a finite number", getattr(self, name)
-            )
-        _refuse_unless(
-            0 <= self.temperature <= 100, "temperature", "between 0 and 100", self.temperature
-        )
-        _refuse_unless(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        _refuse_unless(self.top_k >= 0, "top_k", "0 (all) or more", self.top_k)
-        _refuse_unless(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
-        for name in ("frequency_penalty", "presence_penalty"):
-            _refuse_unless(
-                -2 <= getattr(self, name) <= 2, name, "between -2 and 2", getattr(self, name)
-            )
-        _refuse_unless(
-            self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty
-        )
+        for name, (holds, wanted) in NUMBERS.items():
+            value = getattr(self, name)
+            _refuse_unless(_is_number(value) and holds(value), name, f"a number {wanted}", value)
+        for name in ("top_k", "min_new_tokens"):
+            value = getattr(self, name)
+            _refuse_unless(_is_count(value), name, "a whole number, 0 or more", value)
         for _, bias in self.logit_bias:
-            _refuse_unless(-100 <= bias <= 100, "logit_bias", "between -100 and 100", bias)
-        if self.max_new_tokens is not None:
-            _refuse_unless(
-                self.max_new_tokens >= 0, "max_new_tokens", "0 or more", self.max_new_tokens
-            )
-        highest = math.inf if self.max_new_tokens is None else self.max_new_tokens
-        wanted = f"between 0 and max_new_tokens ({highest})"
-        _refuse_unless(
-            0 <= self.min_new_tokens <= highest, "min_new_tokens", wanted, self.min_new_tokens
-        )
+            fits = _is_number(bias) and -100 <= bias <= 100
+            _refuse_unless(fits, "logit_bias", "a number between -100 and 100", bias)
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if most is not None:
+            _refuse_unless(_is_count(most), "max_new_tokens", "a whole number, 0 or more", most)
+            wanted = f"at most max_new_tokens ({most})"
+            _refuse_unless(least <= most, "min_new_tokens", wanted, least)
 
     @property
     def penalised(self) -> bool:
@@ -94,21 +92,20 @@ class Wants:
     """
 
     logprobs: bool = False  # of each generated token
-    prompt_logprobs_from: int | None = (
-        None  # score prompt tokens after this position; 0: all but the first
-    )
+    prompt_logprobs_from: int | None = None  # of prompt tokens after this position
     top: int = 0  # with either: the most probable tokens at each position, too
 
     def __post_init__(self) -> None:
         wanted = f"between 0 and {MAX_TOP_LOGPROBS}"
-        _refuse_unless(0 <= self.top <= MAX_TOP_LOGPROBS, "top_logprobs", wanted, self.top)
-        if self.prompt_logprobs_from is not None:
-            _refuse_unless(
-                self.prompt_logprobs_from >= 0,
-                "prompt_logprobs_from",
-                "0 or more",
-                self.prompt_logprobs_from,
-            )
+        fits = _is_count(self.top) and self.top <= MAX_TOP_LOGPROBS
+        _refuse_unless(fits, "top_logprobs", wanted, self.top)
+        start = self.prompt_logprobs_from
+        if start is not None:
+            wanted = "a whole number, 0 or more"
+            _refuse_unless(_is_count(start), "prompt_logprobs_from", wanted, start)
+        asked = self.logprobs or start is not None
+        wanted = "0 where no log-probabilities are asked for"
+        _refuse_unless(asked or not self.top, "top_logprobs", wanted, self.top)
 
 
 NOTHING_MORE = Wants()

@@ -8,6 +8,7 @@ that a prompt gets are those of its post-processor.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from backend.byte_table import ByteTable, Decoder, byte_table
 from backend.chat_template import ChatTemplate, Message
 from backend.interface import ModelBroken, ModelNotFound, RequestRefused
 
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -143,7 +147,7 @@ class HfTokenizer(Tokenizer):
         Raises ModelNotFound when there is no tokenizer, ModelBroken for a file that cannot be read,
         Unsupported for a decoder that nothing here knows.
         """
-        file = folder / "tokenizer.json"
+        file = folder / TOKENIZER_FILE
         if not file.is_file():
             raise ModelNotFound(
                 f"{folder} has no tokenizer.json: add the tokenizer's files, or give token ids"
@@ -292,6 +296,29 @@ class ByteTokenizer(Tokenizer):
         return piece.encode() if special is None else (special,)
 
 
-def open_tokenizer(folder: str | None) -> Tokenizer:
-    """The tokenizer of a model folder; None: the built-in one. Raises StartFailed."""
-    return ByteTokenizer() if folder is None else HfTokenizer.load(Path(folder))
+class IdTokenizer(Tokenizer):
+    """For a model that comes without a tokenizer: ids in, ids out, and no text."""
+
+    def __init__(self, vocabulary: int) -> None:
+        none: frozenset[int] = frozenset()
+        table = ByteTable.of([b""] * vocabulary, none, strips_leading_space=False)
+        super().__init__(table, none, (), None)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        raise RequestRefused(
+            "this model has no tokenizer.json: give token ids instead of text", "prompt"
+        )
+
+
+def open_tokenizer(folder: str | None, vocabulary: int) -> Tokenizer:
+    """The tokenizer of a model folder, for ids below `vocabulary`.
+
+    A folder without one serves ids only, and says so; None (no model at all) is the built-in one.
+    Raises StartFailed.
+    """
+    if folder is None:
+        return ByteTokenizer()
+    if not (Path(folder) / TOKENIZER_FILE).is_file():
+        logger.warning("%s has no %s: token ids only, no text", folder, TOKENIZER_FILE)
+        return IdTokenizer(vocabulary)
+    return HfTokenizer.load(Path(folder))

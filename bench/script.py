@@ -37,10 +37,17 @@ positive.__name__ = "count"  # argparse says: invalid count value
 def run_script(main: Callable[[], int]) -> NoReturn:
     """End the process with the exit code of `main`.
 
-    An error of ours is one line on stderr and exit code 1; Ctrl-C is the shell's 130.
+    An error of ours is one line on stderr and exit code 1; Ctrl-C is the shell's 130, and a reader
+    of stdout that has gone (`| head -1`) its 141.
     """
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        # what is still buffered goes nowhere, or the interpreter complains when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (EngineError, ConfigError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -47,17 +47,19 @@ def load(order: Order, dtype: torch.dtype) -> Any:
 def manager_of(model: Any, order: Order) -> Any:
     """A running manager with room for all requests at once, as a context."""
     blocks = sum(-(-(len(prompt) + new) // PAGE_TOKENS) for prompt, new in order.jobs)
+    kind = library.ContinuousBatchingConfig
+    known = {field.name for field in fields(kind)}
     return model.continuous_batching_context_manager(
         generation_config=library.GenerationConfig(
             do_sample=order.temperature > 0,
             temperature=order.temperature or None,
             eos_token_id=NO_END,
         ),
-        continuous_batching_config=library.ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
+        continuous_batching_config=kind(
+            PAGE_TOKENS,  # by place: its name differs between releases
             num_blocks=blocks,
             max_requests_per_batch=len(order.jobs),
-            auto_switch_to_flash=False,
+            **{name: False for name in ("auto_switch_to_flash",) if name in known},
         ),
     )
 

@@ -11,10 +11,12 @@ import time
 from dataclasses import replace
 
 from backend.interface import (
+    EXPIRED,
     Backend,
     BackendFailed,
     BackendSpec,
     Delta,
+    EngineError,
     Finish,
     Load,
     RequestRefused,
@@ -72,21 +74,26 @@ class Engine:
         """Do the next piece of work. Blocks for `wait` seconds at most when there is none."""
         now = time.monotonic()
         self._expire(now)
-        try:
-            self._feed(now)
-            output = self._backend.advance(wait)
-        except Exception as error:  # whatever it is, nobody may be left waiting for an answer
-            output = self._fail(error)
+        output = self._advance(now, 0.0 if self._ended else wait)
         output.deltas[:0], self._ended = self._ended, []
         for delta in output.deltas:
             if delta.finish is not None:
                 self._live.pop(delta.id, None)
         return output
 
+    def _advance(self, now: float, wait: float) -> StepOutput:
+        """Feed and drive the backend. One that failed is left alone: all it had is ended."""
+        if self._failure is not None:
+            return StepOutput()
+        try:
+            self._feed(now)
+            return self._backend.advance(wait)
+        except Exception as error:  # whatever it is, nobody may be left waiting for an answer
+            return self._fail(error)
+
     def _expire(self, now: float) -> None:
-        message = "the deadline passed while the request waited"
         for submission in self._room.expire(now):
-            self._ended.append(Delta(submission.id, finish=Finish("abort", message=message)))
+            self._ended.append(Delta(submission.id, finish=EXPIRED, cached=0))
 
     def _feed(self, now: float) -> None:
         """Hand over what the backend has rows for, and a little more."""
@@ -98,8 +105,10 @@ class Engine:
 
     def _fail(self, error: Exception) -> StepOutput:
         """End everything with an error, and refuse what comes after."""
-        logger.error("the backend failed", exc_info=error)
-        self._failure = f"the backend failed: {type(error).__name__}: {error}"
+        cause = " ".join(f"{type(error).__name__}: {error}".split())  # torch says it in many lines
+        self._failure = f"the backend failed: {cause}"
+        expected = isinstance(error, EngineError)  # else it is a defect, and the trace is wanted
+        logger.error(self._failure, exc_info=None if expected else error)
         self._room.clear()
         finish = Finish("error", message=self._failure)
         ended = {delta.id for delta in self._ended}

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from types import TracebackType
 from typing import Any, TypeAlias, cast
 
@@ -25,15 +26,18 @@ from backend.interface import (
     Delta,
     EngineError,
     Finish,
+    Overloaded,
+    RequestRefused,
     SamplingParams,
     Submission,
     TokenLogprob,
     Wants,
     with_default_length,
 )
-from backend.tokenizer import Tokenizer, open_tokenizer
+from backend.tokenizer import open_tokenizer
 from config import Settings, read_settings
 from engine.engine import Engine
+from engine.interrupts import interrupts_held
 from engine.opening import open_backend
 from engine.text import TextStream, stop_strings
 
@@ -106,7 +110,11 @@ class LLM:
         self._streams: dict[str, Stream] = {}  # those that go on, by submission id
         self._ids = itertools.count()
         self.engine = Engine(open_backend(settings.backend), settings.queue)
-        self.tokenizer: Tokenizer = open_tokenizer(self.spec.folder)
+        try:
+            self.tokenizer = open_tokenizer(self.spec.folder, self.spec.vocabulary)
+        except EngineError:
+            self.close()
+            raise
 
     @property
     def spec(self) -> BackendSpec:
@@ -127,13 +135,16 @@ class LLM:
         """Answer one prompt or many, text or token ids; batched, in the order of the prompts.
 
         `n` answers a prompt stand side by side. Answer i of a prompt draws from `seed` + i; without
-        a seed, from a random one. `progress` shows a bar. Raises RequestRefused or Overloaded, and
-        then nothing goes on.
+        a seed, from a random one. `progress` shows a bar. Raises RequestRefused or
+        BackendFailed, and then nothing goes on; a backend that fails later ends its answers with
+        finish "error". Ctrl-C takes effect between two steps.
         """
         many = _as_prompts(prompts)
         each = [sampling] * len(many) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(many):
             raise ValueError(f"{len(many)} prompts and {len(each)} sampling parameters")
+        if n < 1:
+            raise RequestRefused(f"n must be 1 or more, got {n}", "n")
         streams: list[Stream] = []
         try:
             for prompt, params in zip(many, each, strict=True):
@@ -155,7 +166,9 @@ class LLM:
     ) -> Generator[TextDelta, None, None]:
         """Answer one prompt piece by piece. Closing the generator cancels the answer."""
         (stream,) = self._open(prompt, sampling, stop, seed, 1, wants)
-        return self._pieces(stream)
+        pieces = self._pieces(stream)
+        next(pieces)  # into its `try`: a generator that never started would not cancel when closed
+        return pieces
 
     def chat(
         self,
@@ -170,9 +183,22 @@ class LLM:
         prompt = self.encode_chat(messages)
         return self.generate(prompt, sampling, stop=stop, seed=seed, wants=wants)[0]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The prompt ids of a conversation, by the model's own chat template."""
-        return self.tokenizer.encode(self.tokenizer.render(messages), add_special_tokens=False)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """The prompt ids of a conversation, by the model's own chat template.
+
+        A prompt like any other: for `generate` with `n`, or with other conversations, or `stream`.
+        """
+        text = self.tokenizer.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _open(
         self,
@@ -201,7 +227,7 @@ class LLM:
         try:
             for index in range(n):
                 submission = replace(first, id=f"{number}-{index}", seed=first.seed + index)
-                self.engine.submit(submission)
+                self._submit(submission)
                 streams.append(Stream(submission, TextStream(self.tokenizer, strings)))
                 self._streams[submission.id] = streams[-1]
         except EngineError:
@@ -209,14 +235,23 @@ class LLM:
             raise
         return streams
 
+    def _submit(self, submission: Submission) -> None:
+        """Hand over a submission. A full queue is worked off first: here nobody else would."""
+        while True:
+            try:
+                return self.engine.submit(submission)
+            except Overloaded:
+                self._step()
+
     def _pieces(self, stream: Stream) -> Generator[TextDelta, None, None]:
+        """The pieces of a stream, after an empty one that is not for the caller."""
+        piece = TextDelta("", [], None, 0, 0)
         try:
-            finish = None
-            while finish is None:
+            yield piece
+            while piece.finish is None:
                 while not stream.pieces:
                     self._step()
                 piece = stream.pieces.popleft()
-                finish = piece.finish
                 yield piece
         finally:
             self._abandon([stream])
@@ -228,13 +263,16 @@ class LLM:
 
     def _step(self) -> None:
         """Drive the engine, and hand each delta to its stream."""
-        for delta in self.engine.step().deltas:
-            stream = self._streams.get(delta.id)
-            if stream is None:
-                continue  # ended by a stop string or given up
-            stream.feed(delta)
-            if stream.text.finish is not None:
-                self._abandon([stream])
+        with interrupts_held():
+            for delta in self.engine.step().deltas:
+                stream = self._streams.get(delta.id)
+                if stream is not None:  # else a stop string ended it, or it was given up
+                    self._feed(stream, delta)
+
+    def _feed(self, stream: Stream, delta: Delta) -> None:
+        stream.feed(delta)
+        if stream.text.finish is not None:
+            self._abandon([stream])
 
     def _abandon(self, streams: Sequence[Stream]) -> None:
         """Forget streams, and end those that the engine still works on."""
@@ -262,9 +300,10 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many as a list: a text, or ids, is one."""
     if isinstance(prompts, str):
         return [prompts]
-    if all(isinstance(each, int) for each in prompts):
-        return [cast("Sequence[int]", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
+    many = list(prompts)
+    if many and all(isinstance(each, Integral) for each in many):
+        return [[int(each) for each in cast("list[int]", many)]]  # numpy's integers, too
+    return cast("list[Prompt]", many)
 
 
 def _fold(stream: Stream) -> Answer:

@@ -6,7 +6,7 @@ import logging
 from importlib import import_module
 
 from backend.interface import Backend
-from config import BackendSettings, tune_cpu_runtime
+from config import BackendSettings, calm_openmp
 from engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def open_backend(settings: BackendSettings) -> Backend:
     if name == "auto":
         name = "hf"
         logger.info("BACKEND_IMPL=auto: hf, the native torch backend")
-    tune_cpu_runtime()  # before the backend brings torch
+    calm_openmp()  # before the backend brings torch
     module, opener = BACKENDS[name].split(":")
     backend: Backend = getattr(import_module(module), opener)(settings, Scheduler)
     return backend

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 
 from backend.interface import (
+    EXPIRED,
     BackendSpec,
     Chunk,
     Delta,
@@ -145,10 +146,17 @@ class Scheduler:
 
     def _plan(self) -> Draft:
         draft = Draft(self.spec.max_step_tokens)
+        self._expire(time.monotonic())
         self._plan_decodes(draft)
         self._plan_prompts(draft)
         self._admit_waiting(draft)
         return draft
+
+    def _expire(self, now: float) -> None:
+        """End the waiting sequences whose deadline passed before they ever ran."""
+        for sequence in [each for each in self._waiting if each.is_late(now)]:
+            self._waiting.remove(sequence)
+            self._finish(sequence, EXPIRED)
 
     def _plan_decodes(self, draft: Draft) -> None:
         index = 0  # not an iterator: the youngest, at the end of the list, may leave meanwhile

@@ -102,6 +102,11 @@ class Sequence:
         """Tokens that may still come."""
         return self.submission.max_new_tokens - self.generated
 
+    def is_late(self, now: float) -> bool:
+        """Whether its deadline has passed before it ever ran. `now` is time.monotonic()."""
+        deadline = self.submission.deadline
+        return deadline is not None and deadline <= now and self.cached is None
+
     def place(self, slot: int, lease: Lease) -> None:
         """Start to run, in `slot`, on the pages of `lease`."""
         self.placement = Placement(slot, lease, len(self.ids), lease.shared, lease.shared)

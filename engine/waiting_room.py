@@ -58,6 +58,7 @@ class WaitingRoom:
     def next(self, now: float) -> Submission | None:
         """Take the first in line; None when nobody waits."""
         if not self._line:
+            self._departures.clear()  # who is served at once says how fast requests come, no more
             return None
         self._departures.append(now)
         return self._line.pop(0).submission

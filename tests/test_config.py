@@ -152,6 +152,20 @@ def test_a_value_that_nothing_understands_gives_one_line_that_names_the_flag(
         monkeypatch.delenv(flag)
 
 
+@pytest.mark.parametrize(
+    ("flag", "most"),
+    [("MAX_RUNNING", 4096), ("MAX_STEP_TOKENS", 1 << 20), ("PAGE_TOKEN_BUDGET", 1 << 28)],
+)
+def test_a_limit_that_no_memory_holds_is_refused_by_name(
+    flag: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(flag, str(most))
+    config.read_settings()
+    monkeypatch.setenv(flag, str(most + 1))
+    with pytest.raises(config.ConfigError, match=rf"^{flag}={most + 1}: [^\n]*{most}$"):
+        config.read_settings()
+
+
 def test_all_wrong_flags_of_a_part_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_RUNNING", "0")
     monkeypatch.setenv("MAX_STEP_TOKENS", "many")

@@ -148,7 +148,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
     ("command", "says"),
     [
         (("smoke_test.py", "--max-new-tokens", "9000"), "exceed the context of 8,192"),
-        (("cli_demo.py", "--temperature", "-1"), "temperature must be between 0 and 100"),
+        (("cli_demo.py", "--temperature", "-1"), "temperature must be a number between 0 and 100"),
         (("local_bench.py", "--workload", "mix", "--num-requests", "33"), "lower --num-requests"),
         (("local_bench.py", "--compare", "transformers"), "no model folder that a peer could load"),
     ],
@@ -242,6 +242,32 @@ def test_a_chat_ends_at_exit_and_survives_a_question_that_is_too_long(run: Run) 
     assert done.returncode == 0, done.stderr
     assert "exceed the context of 8,192" in " ".join(done.stdout.split())
     assert statuses(done.stdout) == []
+
+
+@pytest.mark.parametrize("script", ["smoke_test.py", "cli_demo.py"])
+def test_a_reader_that_has_gone_ends_a_script_quietly(root: Path, script: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, **FAKE},
+        cwd=root,
+        input=b"hello\n",
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode != 0
+
+
+def test_a_chat_without_a_stdin_ends_at_once(run: Run) -> None:
+    closed = "import os, sys; os.close(0); os.execl(*[sys.executable] * 2, 'cli_demo.py')"
+    done = run("-c", closed)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "on cpu" in done.stdout
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(root: Path) -> None:

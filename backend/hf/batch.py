@@ -20,6 +20,15 @@ class DecodeRows:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class DecodeGroup:
+    """Decodes of like length, attended to together."""
+
+    rows: Tensor | slice  # of the decodes
+    pages: Tensor  # [rows, pages of the longest] int64
+    mask: Tensor  # [rows, 1, 1, positions], to be added to scores
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class PrefillSpan:
     """A chunk of one prompt: tokens `offset : offset + count` of the batch at positions `start
     ...`.
@@ -41,6 +50,5 @@ class ForwardBatch:
     decodes: DecodeRows
     spans: tuple[PrefillSpan, ...]
     # attention's own, by part and window: made in the first layer for all that follow
-    masks: dict[tuple[DecodeRows | PrefillSpan, int | None], Tensor | None] = field(
-        default_factory=dict
-    )
+    masks: dict[tuple[PrefillSpan, int | None], Tensor | None] = field(default_factory=dict)
+    groups: dict[tuple[DecodeRows, int | None], list[DecodeGroup]] = field(default_factory=dict)

@@ -13,8 +13,8 @@ from backend.cache import PrefixCache
 from backend.hf.attention import ATTENTION, PagedAttention
 from backend.hf.executor import HfExecutor
 from backend.hf.loading.resolve import ModelFiles, resolve
-from backend.hf.memory import page_budget
-from backend.hf.models import CausalModel
+from backend.hf.memory import page_budget, return_heap
+from backend.hf.models import CausalModel, config_value, positive
 from backend.hf.models.decoder import Decoder
 from backend.hf.models.registry import architecture, decoder_shape
 from backend.hf.precision import Precision, choose_precision
@@ -34,6 +34,7 @@ def open_backend(
     context = _context(settings.model, files)
     precision = choose_precision(settings.model.dtype, device)
     model = _load_model(files, settings.model, precision, device, context)
+    return_heap()
     page_tokens = settings.cache.page_tokens
     kv_bytes = model.geometry.layers * model.geometry.row * precision.compute.itemsize
     tokens = page_budget(settings, kv_bytes, context, device)
@@ -42,7 +43,7 @@ def open_backend(
     spec = BackendSpec(
         name="hf",
         model=settings.model.served_name,
-        folder=files.tokenizer,
+        folder=str(files.folder),
         vocabulary=model.vocabulary,
         max_model_len=context,
         stop_ids=files.end_ids,
@@ -88,14 +89,16 @@ def _choose_device(settings: DeviceSettings) -> str:
 
 def _context(settings: ModelSettings, files: ModelFiles) -> int:
     """Tokens of prompt and answer: the model's own number, or less by MAX_MODEL_LEN."""
-    text = files.config.get("text_config") or files.config
-    own = text.get("max_position_embeddings") or text.get("n_positions")
-    wanted = settings.max_model_len or own
-    if wanted is None:
+    text = config_value(files.config, "text_config", dict, files.config)
+    keys = [key for key in ("max_position_embeddings", "n_positions") if text.get(key) is not None]
+    if not keys and not settings.max_model_len:
         raise Unsupported(f"{files.folder} does not say its context: set MAX_MODEL_LEN")
-    if own is not None and wanted > own:
-        raise Unsupported(f"MAX_MODEL_LEN={wanted} exceeds the model's context of {own}")
-    return int(wanted)
+    own = positive(text, keys[0], int) if keys else settings.max_model_len
+    if settings.max_model_len > own:
+        raise Unsupported(
+            f"MAX_MODEL_LEN={settings.max_model_len} exceeds the model's context of {own}"
+        )
+    return settings.max_model_len or own
 
 
 def _load_model(

@@ -22,6 +22,7 @@ from tokenizers import (
 
 from backend.interface import ModelBroken, ModelNotFound, RequestRefused, Unsupported
 from backend.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer, open_tokenizer
+from engine.text import decode
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, again and again.",
@@ -141,7 +142,7 @@ def test_ids_equal_transformers(kind: str, request: pytest.FixtureRequest) -> No
 
 def test_ids_equal_transformers_for_the_small_model(small_model: Path) -> None:
     assert_encodes_as_transformers_does(small_model)
-    assert open_tokenizer(str(small_model)).stop_ids == (2,)
+    assert open_tokenizer(str(small_model), 49152).stop_ids == (2,)
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
@@ -261,9 +262,19 @@ def test_a_decoder_that_is_no_table_of_bytes_is_refused_by_name(
         HfTokenizer.load(write(tmp_path, inner))
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_serves_ids_only_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ModelNotFound, match=f"{tmp_path} has no tokenizer.json"):
-        open_tokenizer(str(tmp_path))
+        HfTokenizer.load(tmp_path)
+    ours = open_tokenizer(str(tmp_path), 1000)
+    assert "token ids only" in caplog.text
+    assert decode(ours, [0, 500, 999]) == ""
+    with pytest.raises(RequestRefused, match="give token ids") as refused:
+        ours.encode("hi")
+    assert refused.value.param == "prompt"
+    with pytest.raises(RequestRefused, match="no chat template"):
+        ours.render([{"role": "user", "content": "hi"}])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +313,7 @@ def test_the_built_in_tokenizer_spells_text_in_bytes(text: str) -> None:
 
 
 def test_the_built_in_tokenizer_renders_and_reads_its_own_special_tokens() -> None:
-    ours = open_tokenizer(None)
+    ours = open_tokenizer(None, 260)
     prompt = ours.render([{"role": "user", "content": "hi"}])
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     ids = ours.encode(prompt, add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -43,6 +44,23 @@ def test_the_exit_code_is_what_main_says_and_130_after_ctrl_c() -> None:
         with pytest.raises(SystemExit) as ended:
             run_script(main)
         assert ended.value.code == code
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_has_gone_is_141_without_a_word(root: Path, flush: bool) -> None:
+    main = f"print('answer', flush={flush}) or 0"
+    code = f"from bench.script import run_script; run_script(lambda: {main})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_the_age_of_a_process_counts_what_was_before_the_import(root: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from backend.interface import Finish, SamplingParams, Wants
+from backend.interface import Finish, RequestRefused, SamplingParams, Wants
 from tests.conformance.cases import PLAIN, PROMPTS, SAMPLINGS, ask
 from tests.conformance.driver import Driver
 
@@ -159,8 +159,8 @@ def top(driver: Driver) -> None:
     (few,) = driver.run(ask("b", wants=replace(wants, top=2)))
     assert [each.token for each in few.logprobs] == answer.tokens
     assert {len(each.top) for each in (*few.logprobs, *few.prompt_logprobs)} == {2}
-    (alone,) = driver.run(ask("c", wants=Wants(top=2)))
-    assert not [*alone.logprobs, *alone.prompt_logprobs]
+    with pytest.raises(RequestRefused, match="no log-probabilities are asked for"):
+        Wants(top=2)
 
 
 FIELDS: dict[str, Callable[[Driver], None]] = {

@@ -5,6 +5,7 @@ the same answers made one by one from the ids alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from zlib import crc32
 
 from backend.cache import PrefixCache
 from backend.fake import FakeExecutor, FakeModel, FakeStep, Row, open_backend
@@ -165,4 +166,4 @@ def ask(
 
 def seed_of(id: str) -> int:
     """A seed of its own for each id, which names it in the recorder."""
-    return int.from_bytes(id.encode(), "big")
+    return crc32(id.encode())

@@ -34,12 +34,13 @@ SAMPLINGS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
     },
 )
-WANTS = st.builds(
-    Wants,
-    logprobs=st.booleans(),
-    prompt_logprobs_from=st.none() | st.integers(0, 4),
-    top=st.sampled_from([0, 0, 1, 6]),
-)
+
+
+@st.composite
+def wants(draw: st.DrawFn) -> Wants:
+    logprobs, start = draw(st.booleans()), draw(st.none() | st.integers(0, 4))
+    asked = logprobs or start is not None
+    return Wants(logprobs, start, top=draw(st.sampled_from([0, 0, 1, 6])) if asked else 0)
 
 
 @st.composite
@@ -63,7 +64,7 @@ def events(draw: st.DrawFn) -> list[Event]:
             prompt,
             sampling,
             seed=number,
-            wants=Wants() if plain else draw(WANTS),
+            wants=Wants() if plain else draw(wants()),
             namespace=draw(st.sampled_from(["", "", "salt"])) if group is None else "",
             group=group,
             received=tuple(draw(st.lists(IDS, max_size=min(new, 3)))) if not plain else (),

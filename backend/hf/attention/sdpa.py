@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backend.hf.attention import AttentionOptions, KvGeometry
-from backend.hf.batch import DecodeRows, ForwardBatch, PrefillSpan
+from backend.hf.batch import DecodeGroup, DecodeRows, ForwardBatch, PrefillSpan
+
+GATHERED_TOKENS = 1 << 14  # that decodes are gathered in at once, unless one row is longer
 
 
 class SdpaAttention:
@@ -48,15 +50,50 @@ class SdpaAttention:
         self, pool: Tensor, query: Tensor, batch: ForwardBatch, options: AttentionOptions
     ) -> Tensor:
         """query [rows, heads, width] -> [rows, heads, value_width]."""
-        geometry, rows = self._geometry, batch.decodes
-        keys, values = self._gather(pool, rows.pages)
-        grouped = query.reshape(rows.count, geometry.kv_heads, -1, geometry.key_width)
-        key = rows, options.window
-        if key not in batch.masks:
-            batch.masks[key] = _decode_mask(rows, keys.shape[2], options.window, query.dtype)
+        geometry = self._geometry
+        key = batch.decodes, options.window
+        if key not in batch.groups:
+            batch.groups[key] = self._groups(batch.decodes, options.window, query.dtype)
         sinks = _sinks(options, (1, geometry.kv_heads, -1, 1))
-        mixed = _attention(grouped, keys, values, batch.masks[key], options, sinks)
-        return mixed.reshape(rows.count, -1, geometry.value_width)
+        mixed = query.new_empty(len(query), query.shape[1], geometry.value_width)
+        for group in batch.groups[key]:
+            keys, values = self._gather(pool, group.pages)
+            own = query[group.rows].unflatten(1, (geometry.kv_heads, -1))
+            found = _attention(own, keys, values, group.mask, options, sinks)
+            mixed[group.rows] = found.flatten(1, 2)
+        return mixed
+
+    def _groups(
+        self, rows: DecodeRows, window: int | None, dtype: torch.dtype
+    ) -> list[DecodeGroup]:
+        """Rows whose lengths round up to the same power of two: one long row makes no other wait,
+        and what is gathered at once has a bound.
+        """
+        members: dict[int, list[int]] = {}
+        lengths = rows.lengths.tolist()
+        for row, length in enumerate(lengths):
+            members.setdefault(length.bit_length(), []).append(row)
+        most = {bits: max(1, GATHERED_TOKENS >> bits) for bits in members}
+        return [
+            self._group(rows, alike[start : start + most[bits]], lengths, window, dtype)
+            for bits, alike in members.items()
+            for start in range(0, len(alike), most[bits])
+        ]
+
+    def _group(
+        self,
+        rows: DecodeRows,
+        members: list[int],
+        lengths: list[int],
+        window: int | None,
+        dtype: torch.dtype,
+    ) -> DecodeGroup:
+        pages = -(-max(lengths[row] for row in members) // self._page_tokens)
+        own: Tensor | slice = slice(None)
+        if len(members) < rows.count:
+            own = torch.tensor(members, device=rows.pages.device)
+        mask = _decode_mask(rows.lengths[own], pages * self._page_tokens, window, dtype)
+        return DecodeGroup(own, rows.pages[own, :pages], mask)
 
     def _prefill(
         self,
@@ -117,15 +154,12 @@ def _sinks(options: AttentionOptions, shape: tuple[int, ...]) -> Tensor | None:
     return None if options.sinks is None else options.sinks.view(shape)
 
 
-def _decode_mask(
-    rows: DecodeRows, positions: int, window: int | None, dtype: torch.dtype
-) -> Tensor:
+def _decode_mask(lengths: Tensor, positions: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """0 at the positions that each row sees, -inf at the others: [rows, 1, 1, positions]."""
-    lengths = rows.lengths[:, None]
     at = torch.arange(positions, device=lengths.device)
-    seen = at < lengths
+    seen = at < lengths[:, None]
     if window is not None:
-        seen &= at >= lengths - window
+        seen &= at >= lengths[:, None] - window
     return _additive(seen, dtype)[:, None, None]
 
 

@@ -45,10 +45,6 @@ class SafetensorsWeights:
         self._places.clear()
         self._opened.close()
 
-    def has(self, name: str) -> bool:
-        """Whether a file holds `name`."""
-        return name in self._places
-
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, on the CPU, in the checkpoint's dtype.
 

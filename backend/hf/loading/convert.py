@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backend.hf.loading.folder import is_complete
-from backend.interface import ModelBroken, StartFailed
+from backend.interface import ModelBroken, ModelNotFound, StartFailed
 
 FORMAT = (
     1  # raise it when the same GGUF converts to another folder: cached ones are then left alone
 )
+MAGIC = b"GGUF"
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,12 @@ logger = logging.getLogger(__name__)
 def convert(source: Path, target: Path) -> None:
     """Make `target` a complete conversion of `source`.
 
-    It is written beside the target and renamed, one converter at a time. Raises ModelBroken,
-    Unsupported, or StartFailed when the disk refuses.
+    It is written beside the target and renamed, one converter at a time. Raises ModelNotFound,
+    ModelBroken, Unsupported, or StartFailed when the disk refuses.
     """
     if is_complete(target):
         return
+    _check_magic(source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(target.with_name(f".{target.name}.lock")):
@@ -43,6 +45,21 @@ def convert(source: Path, target: Path) -> None:
                 _convert(source, target)
     except OSError as error:
         raise StartFailed(f"cannot write {target}, converted from {source}: {error}") from error
+
+
+def _check_magic(source: Path) -> None:
+    """Before anything is made for `source`: it is there and begins as every GGUF does."""
+    try:
+        with source.open("rb") as file:
+            found = file.read(len(MAGIC))
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"{source} does not exist: name a .gguf file") from error
+    except OSError as error:
+        raise StartFailed(f"cannot read {source}: {error.strerror}") from error
+    if found != MAGIC:
+        raise ModelBroken(
+            f"{source} is no GGUF, it begins with {found!r}: name a .gguf file or a model folder"
+        )
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from backend.hf.models import ModelConfig
+from backend.hf.models import ModelConfig, config_value
 from backend.interface import Unsupported
 
 BLOCK = 1 << 22  # elements of one generator: large tensors are drawn on every core
@@ -29,23 +29,20 @@ class DummyWeights:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        older = config_value(config, "torch_dtype", str, "bfloat16")  # before transformers 5
+        name = config_value(config, "dtype", str, older)
         if name not in DTYPES:
             raise Unsupported(
                 f"config.json has dtype {name}: made-up weights are {', '.join(DTYPES)}"
             )
         self._dtype = DTYPES[name]
-        self._deviation = float(config.get("initializer_range", 0.02))
+        self._deviation = config_value(config, "initializer_range", float, 0.02)
 
     def __enter__(self) -> DummyWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
-
-    def has(self, name: str) -> bool:
-        """Every name."""
-        return True
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, on the CPU, in the config's dtype."""

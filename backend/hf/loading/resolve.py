@@ -7,26 +7,19 @@ first, then the network. A GGUF is converted once. LOAD_FORMAT by name is obeyed
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from backend.hf.loading.convert import cached_conversion
-from backend.hf.loading.folder import CONFIG, is_complete, read_json, weight_files
-from backend.hf.models import ModelConfig, WeightSource
-from backend.interface import ModelNotFound, Unsupported
+from backend.hf.loading.folder import CONFIG, read_json, weight_files
+from backend.hf.loading.hub import ADVICE, fetch
+from backend.hf.models import ModelConfig, WeightSource, config_value
+from backend.interface import ModelBroken, ModelNotFound, Unsupported
 from config import ModelSettings
 
-HUB_TIMEOUT_S = 2.0  # to answer whether the model exists; asked twice
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-HUB_WEIGHTS = ["*.safetensors"]
-HUB_CODE = ["*.py"]  # only with TRUST_REMOTE_CODE=1
-HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
-ADVICE = (
-    "set MODEL_LOCAL_DIR to a model folder or a .gguf file "
-    "(`make model` writes one to models/smollm2-135m-instruct)"
-)
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +32,19 @@ class ModelFiles:
     made_up: bool  # weights are random: LOAD_FORMAT=dummy
 
     @property
-    def tokenizer(self) -> str | None:
-        """The folder, if it holds a tokenizer."""
-        return str(self.folder) if (self.folder / "tokenizer.json").is_file() else None
-
-    @property
     def end_ids(self) -> tuple[int, ...]:
-        """The model's own end tokens: the generation config's, else the config's."""
-        ids = self.generation.get("eos_token_id", self.config.get("eos_token_id"))
-        if ids is None:
-            return ()
-        return tuple(ids) if isinstance(ids, list) else (ids,)
+        """The model's own end tokens: the generation config's, else the config's.
+
+        Raises ModelBroken when they are no token ids.
+        """
+        for name, values in ((GENERATION, self.generation), (CONFIG, self.config)):
+            found = values.get("eos_token_id")
+            if found is not None:
+                ids = found if isinstance(found, list) else [found]
+                if any(type(id) is not int for id in ids):  # True is an int, too
+                    raise ModelBroken(f"{name}: eos_token_id must be token ids, has {found!r}")
+                return tuple(ids)
+        return ()
 
     def open_weights(self) -> AbstractContextManager[WeightSource]:
         """The tensors, readable until the `with` block ends. Raises ModelBroken."""
@@ -64,14 +59,14 @@ def resolve(settings: ModelSettings) -> ModelFiles:
 
     Raises ModelNotFound, ModelBroken or Unsupported, each with one line.
     """
-    place = _local(settings)
-    folder = LOCAL[settings.load_format](place) if place else _from_hub(settings)
+    folder = LOCAL[settings.load_format](_local(settings) or fetch(settings))
     config = read_json(folder / CONFIG)
     made_up = settings.load_format == "dummy"
-    if "quantization_config" in config and not made_up:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config_value(config, "quantization_config", dict, {})
+    if quantization and not made_up:
+        method = quantization.get("quant_method", "unknown")
         raise Unsupported(f"{folder} is quantized ({method}), which does not run here")
-    generation = folder / "generation_config.json"
+    generation = folder / GENERATION
     return ModelFiles(
         folder, config, read_json(generation) if generation.is_file() else {}, made_up
     )
@@ -79,12 +74,13 @@ def resolve(settings: ModelSettings) -> ModelFiles:
 
 def _local(settings: ModelSettings) -> Path | None:
     """The path that is meant; None when the name is the hub's to know."""
-    if settings.local_dir:
-        place = Path(settings.local_dir).expanduser()
-        if not place.exists():
-            raise ModelNotFound(f"MODEL_LOCAL_DIR={settings.local_dir} does not exist: {ADVICE}")
-        return place
-    place = Path(settings.name).expanduser()
+    place = Path(settings.local_dir or settings.name).expanduser()
+    if place.suffix == ".safetensors" and place.is_file():
+        raise ModelNotFound(
+            f"{place} is one file of a model: name its folder, MODEL_LOCAL_DIR={place.parent}"
+        )
+    if settings.local_dir and not place.exists():
+        raise ModelNotFound(f"MODEL_LOCAL_DIR={settings.local_dir} does not exist: {ADVICE}")
     return place if place.exists() else None
 
 
@@ -121,40 +117,3 @@ LOCAL: dict[Literal["auto", "safetensors", "gguf", "dummy"], Callable[[Path], Pa
     "gguf": _gguf,
     "dummy": _dummy,
 }
-
-
-def _from_hub(settings: ModelSettings) -> Path:
-    """The snapshot of a hub model, fetched if the hub's cache does not hold it whole."""
-    if settings.load_format == "gguf":
-        raise Unsupported(
-            f"LOAD_FORMAT=gguf needs a local file, MODEL_NAME={settings.name} is none: {ADVICE}"
-        )
-    from huggingface_hub import HfApi, snapshot_download  # late: half a second
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    made_up = settings.load_format == "dummy"
-    wanted = [*HUB_FILES, *HUB_WEIGHTS * (not made_up), *HUB_CODE * settings.trust_remote_code]
-
-    def snapshot(local: bool) -> Path:
-        return Path(
-            snapshot_download(
-                settings.name,
-                allow_patterns=wanted,
-                ignore_patterns=HUB_IGNORED,
-                local_files_only=local,
-            )
-        )
-
-    try:
-        with suppress(LocalEntryNotFoundError):
-            cached = snapshot(local=True)
-            if is_complete(cached) or (made_up and (cached / CONFIG).is_file()):
-                return cached
-        HfApi().model_info(settings.name, timeout=HUB_TIMEOUT_S)  # the download would wait longer
-        return snapshot(local=False)
-    except Exception as error:  # whatever its HTTP library raises: the model cannot be had
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelNotFound(
-            f"MODEL_NAME={settings.name} is no local path, is not in the hub's cache, and the hub "
-            f"does not give it ({reason[0]}): {ADVICE}"
-        ) from error

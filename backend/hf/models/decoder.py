@@ -16,11 +16,11 @@ from torch import Tensor
 
 from backend.hf.attention import AttentionOptions, KvGeometry, PagedAttention
 from backend.hf.batch import ForwardBatch
-from backend.hf.models import ModelConfig, WeightSource
+from backend.hf.models import ModelConfig, WeightSource, config_value, positive
 from backend.hf.models.linear import Linear, LinearFactory
 from backend.hf.models.rope import Rotary, Rotation, rotate
 from backend.hf.precision import Precision
-from backend.interface import Unsupported
+from backend.interface import ModelBroken, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,38 @@ class DecoderShape:
 def base_shape(config: ModelConfig) -> DecoderShape:
     """What every family's config.json spells alike; a family replaces the rest.
 
-    Raises Unsupported for a feed-forward that this decoder does not compute.
+    Raises Unsupported for a feed-forward that this decoder does not compute, ModelBroken for a key
+    that is missing or makes no sense.
     """
-    if config.get("hidden_act", "silu") != "silu":
-        raise Unsupported(f"hidden_act {config['hidden_act']!r} is not served, silu is")
-    heads = config["num_attention_heads"]
+    activation = config_value(config, "hidden_act", str, "silu")
+    if activation != "silu":
+        raise Unsupported(f"hidden_act {activation!r} is not served, silu is")
+    hidden = positive(config, "hidden_size", int)
+    heads = positive(config, "num_attention_heads", int)
+    kv_heads = positive(config, "num_key_value_heads", int, heads)
+    if heads % kv_heads:
+        raise ModelBroken(
+            f"config.json: num_attention_heads must be a multiple of num_key_value_heads, "
+            f"has {heads} and {kv_heads}"
+        )
     return DecoderShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
+        layers=positive(config, "num_hidden_layers", int),
+        hidden=hidden,
+        intermediate=positive(config, "intermediate_size", int),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocabulary=config["vocab_size"],
-        epsilon=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
+        kv_heads=kv_heads,
+        head_dim=positive(config, "head_dim", int, hidden // heads),
+        vocabulary=positive(config, "vocab_size", int),
+        epsilon=config_value(config, "rms_norm_eps", float, 1e-6),
+        tied=config_value(config, "tie_word_embeddings", bool, False),
     )
+
+
+def sliding_window(config: ModelConfig) -> int | None:
+    """Tokens that a layer with a window sees; None when the config.json gives no window."""
+    if config.get("sliding_window") is None:
+        return None
+    return positive(config, "sliding_window", int)
 
 
 class WeightReader:

@@ -50,10 +50,13 @@ class OneDnnLinear:
 
 
 class HalfWeightLinear:
-    """FBGEMM with a packed float16 weight and float32 arithmetic."""
+    """FBGEMM with a packed float16 weight and float32 arithmetic. `weight` comes in float32.
+
+    FBGEMM pads `in` to a multiple of 512 in memory; the padding is not read.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
@@ -94,6 +97,7 @@ class LinearFactory:
         """A product with `weight` [out, in] and `bias` [out], which may be freed afterwards."""
         self.parameters += weight.numel()
         self.weight_bytes += weight.numel() * self._precision.weights.itemsize
+        given = torch.float32 if self._kind is HalfWeightLinear else self._precision.weights
         if bias is not None:
             bias = bias.to(self._device, self._precision.compute)
-        return self._kind(weight.to(self._device, self._precision.weights), bias)
+        return self._kind(weight.to(self._device, given), bias)

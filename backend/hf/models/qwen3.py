@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backend.hf.models import ModelConfig
+from backend.hf.models import ModelConfig, config_value
 from backend.hf.models.decoder import DecoderShape, base_shape
 from backend.hf.models.qwen2 import windows
 
@@ -12,7 +12,7 @@ from backend.hf.models.qwen2 import windows
 def shape(config: ModelConfig) -> DecoderShape:
     """What a Qwen3 config.json says."""
     base = base_shape(config)
-    bias = config.get("attention_bias", False)
+    bias = config_value(config, "attention_bias", bool, False)
     return replace(
         base,
         qk_norm=True,

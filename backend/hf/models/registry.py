@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from backend.hf.models import ModelConfig
+from backend.hf.models import ModelConfig, config_value
 from backend.hf.models.decoder import DecoderShape
 
 DECODERS: dict[str, str] = {
@@ -32,4 +32,5 @@ def decoder_shape(config: ModelConfig) -> DecoderShape | None:
 
 def architecture(config: ModelConfig) -> str:
     """The class name that a config.json gives its model."""
-    return str((config.get("architectures") or ["an unnamed architecture"])[0])
+    names: list[str] = config_value(config, "architectures", list, [])
+    return str(names[0]) if names else "an unnamed architecture"

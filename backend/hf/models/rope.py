@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backend.hf.models import ModelConfig
+from backend.hf.models import ModelConfig, config_value, positive
 from backend.interface import Unsupported
 
 Parameters = dict[str, Any]
@@ -26,50 +26,53 @@ def rope_parameters(config: ModelConfig) -> Parameters:
     """The rotary part of a config.json, in the form of transformers 5 (`rope_parameters`) or before
     it (`rope_scaling`).
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    older: Parameters = config_value(config, "rope_scaling", dict, {})
+    found = dict(config_value(config, "rope_parameters", dict, {}) or older)
+    found.setdefault("rope_theta", positive(config, "rope_theta", float, 10_000.0))
     found.setdefault("rope_type", found.pop("type", "default"))
     return found
 
 
 def _plain(parameters: Parameters, width: int) -> Tensor:
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    return 1.0 / (float(parameters["rope_theta"]) ** exponents)
+    return 1.0 / (positive(parameters, "rope_theta", float) ** exponents)
 
 
-def _default(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+def _default(parameters: Parameters, width: int, config: ModelConfig) -> tuple[Tensor, float]:
     return _plain(parameters, width), 1.0
 
 
-def _linear(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
-    return _plain(parameters, width) / float(parameters["factor"]), 1.0
+def _linear(parameters: Parameters, width: int, config: ModelConfig) -> tuple[Tensor, float]:
+    return _plain(parameters, width) / positive(parameters, "factor", float), 1.0
 
 
-def _llama3(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+def _llama3(parameters: Parameters, width: int, config: ModelConfig) -> tuple[Tensor, float]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     frequencies = _plain(parameters, width)
-    original = float(parameters["original_max_position_embeddings"])
-    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    original = positive(parameters, "original_max_position_embeddings", float)
+    low = positive(parameters, "low_freq_factor", float)
+    high = positive(parameters, "high_freq_factor", float)
     turns = original * frequencies / (2 * math.pi)  # over the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / float(parameters["factor"])), 1.0
+    return frequencies * (kept + (1 - kept) / positive(parameters, "factor", float)), 1.0
 
 
-def _yarn(parameters: Parameters, width: int, context: int) -> tuple[Tensor, float]:
+def _yarn(parameters: Parameters, width: int, config: ModelConfig) -> tuple[Tensor, float]:
     """Interpolates what turns less than `beta_slow` times, keeps what turns more than `beta_fast`,
     and sharpens attention.
     """
     frequencies = _plain(parameters, width)
-    original = parameters.get("original_max_position_embeddings") or context
-    factor = float(parameters.get("factor") or context / original)
-    base = float(parameters["rope_theta"])
+    context = positive(config, "max_position_embeddings", float)
+    original = positive(parameters, "original_max_position_embeddings", float, context)
+    factor = positive(parameters, "factor", float, context / original)
+    base = positive(parameters, "rope_theta", float)
 
     def dimension(turns: float) -> float:
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = dimension(float(parameters.get("beta_fast") or 32))
-    high = dimension(float(parameters.get("beta_slow") or 1))
-    if parameters.get("truncate", True):
+    low = dimension(positive(parameters, "beta_fast", float, 32.0))
+    high = dimension(positive(parameters, "beta_slow", float, 1.0))
+    if config_value(parameters, "truncate", bool, True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
@@ -78,12 +81,12 @@ def _yarn(parameters: Parameters, width: int, context: int) -> tuple[Tensor, flo
 
 
 def _yarn_sharpness(parameters: Parameters, factor: float) -> float:
-    given = parameters.get("attention_factor")
-    if given is not None:
-        return float(given)
-    scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if parameters.get("attention_factor") is not None:
+        return positive(parameters, "attention_factor", float)
+    scale = config_value(parameters, "mscale", float, 0.0)
+    scale_all = config_value(parameters, "mscale_all_dim", float, 0.0)
     if scale and scale_all:
-        return _logarithmic(factor, float(scale)) / _logarithmic(factor, float(scale_all))
+        return _logarithmic(factor, scale) / _logarithmic(factor, scale_all)
     return _logarithmic(factor, 1.0)
 
 
@@ -91,7 +94,7 @@ def _logarithmic(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-ROPE_TYPES: dict[str, Callable[[Parameters, int, int], tuple[Tensor, float]]] = {
+ROPE_TYPES: dict[str, Callable[[Parameters, int, ModelConfig], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
@@ -107,13 +110,11 @@ class Rotary:
 
     def __init__(self, config: ModelConfig, head_dim: int, dtype: torch.dtype, device: str) -> None:
         parameters = rope_parameters(config)
-        kind = parameters["rope_type"]
+        kind = config_value(parameters, "rope_type", str)
         if kind not in ROPE_TYPES:
             known = ", ".join(ROPE_TYPES)
             raise Unsupported(f"rope scaling {kind!r} is not among those served ({known})")
-        frequencies, self._scale = ROPE_TYPES[kind](
-            parameters, head_dim, config.get("max_position_embeddings", 0)
-        )
+        frequencies, self._scale = ROPE_TYPES[kind](parameters, head_dim, config)
         self._frequencies = torch.cat([frequencies, frequencies]).to(device)
         self._dtype = dtype
         self._sign = torch.ones(head_dim, device=device)

@@ -37,9 +37,7 @@ def sharded(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("layout", ["single", "sharded"])
 def test_tensors_come_as_they_were_written(layout: str, request: pytest.FixtureRequest) -> None:
     with SafetensorsWeights(request.getfixturevalue(layout)) as weights:
-        assert not weights.has("d.weight")
         for name, tensor in TENSORS.items():
-            assert weights.has(name)
             found = weights.read(name, tuple(tensor.shape))
             assert found.dtype == tensor.dtype
             assert torch.equal(found, tensor)
@@ -48,7 +46,7 @@ def test_tensors_come_as_they_were_written(layout: str, request: pytest.FixtureR
 def test_a_single_file_of_another_name_is_found(single: Path) -> None:
     (single / "model.safetensors").rename(single / "weights.safetensors")
     with SafetensorsWeights(single) as weights:
-        assert weights.has("a.weight")
+        assert torch.equal(weights.read("a.weight", (3, 4)), TENSORS["a.weight"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

@@ -187,10 +187,14 @@ def test_a_garbled_header_is_one_line_or_harmless(source: Path, tmp_path: Path, 
     assert (tmp_path / "t").exists() == (not message)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"), [("<html>404</html>", "is no GGUF"), (None, "does not exist")]
+)
 def test_the_command_line_ends_with_one_line_and_code_1_for_what_is_no_gguf(
-    tmp_path: Path,
+    tmp_path: Path, content: str | None, says: str
 ) -> None:
-    (tmp_path / "m.gguf").write_text("<html>404</html>")
+    if content is not None:
+        (tmp_path / "m.gguf").write_text(content)
     run = subprocess.run(
         [sys.executable, "-m", "backend.hf.loading.convert", tmp_path / "m.gguf", tmp_path / "t"],
         cwd=ROOT,
@@ -199,5 +203,6 @@ def test_the_command_line_ends_with_one_line_and_code_1_for_what_is_no_gguf(
         check=False,
     )
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith(f"{tmp_path / 'm.gguf'} is no complete GGUF")
-    assert "Traceback" not in run.stderr
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"{tmp_path / 'm.gguf'} {says}")
+    assert not list(tmp_path.glob(".*.lock"))

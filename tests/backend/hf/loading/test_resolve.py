@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from backend.hf.loading import resolve as module
+from backend.hf.loading import hub as module
 from backend.hf.loading.resolve import resolve
 from backend.interface import ModelBroken, ModelNotFound, StartFailed, Unsupported
 from config import ModelSettings
@@ -54,7 +54,6 @@ def _refusal(settings: ModelSettings, kind: type[StartFailed]) -> str:
 def test_a_local_folder_wins_over_a_name(folder: Path) -> None:
     files = resolve(ModelSettings(local_dir=str(folder), name="some/other"))
     assert (files.folder, files.config, files.generation) == (folder, CONFIG, {})
-    assert files.tokenizer is None
     with files.open_weights() as weights:
         assert torch.equal(weights.read("a", (2, 2)), torch.ones(2, 2))
 
@@ -67,6 +66,33 @@ def test_end_tokens_are_the_generation_configs_before_the_configs(folder: Path) 
     assert resolve(_local(folder)).end_ids == (3,)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert resolve(_local(folder)).end_ids == (5, 6)
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert resolve(_local(folder)).end_ids == (3,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert resolve(_local(folder)).end_ids == (0,)
+
+
+@pytest.mark.parametrize("wrong", ['"</s>"', "true", "[3, 1.5]", "{}"])
+def test_end_tokens_that_are_no_ids_are_named(folder: Path, wrong: str) -> None:
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+    with pytest.raises(ModelBroken, match=r"^generation_config\.json: eos_token_id must be"):
+        assert resolve(_local(folder)).end_ids
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors", "gguf"])
+def test_one_safetensors_file_is_sent_to_its_folder(folder: Path, load_format: str) -> None:
+    message = _refusal(_local(folder / "model.safetensors", load_format), ModelNotFound)
+    assert message.endswith(f"name its folder, MODEL_LOCAL_DIR={folder}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "m.gguf"])
+def test_a_file_that_is_no_gguf_leaves_nothing_in_the_cache(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    (folder / name).write_text("{}")
+    message = _refusal(_local(folder / name), ModelBroken)
+    assert message.startswith(f"{folder / name} is no GGUF")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("load_format", ["auto", "gguf"])
@@ -77,12 +103,12 @@ def test_a_gguf_becomes_a_folder_with_a_tokenizer(
     (tmp_path / "d").mkdir()
     source = tiny("qwen2").write(tmp_path / "d" / "m.gguf")
     files = resolve(_local(source.parent if inside else source, load_format))
-    assert files.tokenizer == str(files.folder)
+    assert (files.folder / "tokenizer.json").is_file()
     assert files.config["model_type"] == "qwen2"
     assert files.end_ids == (1,)
     assert tmp_path / "cache" in files.folder.parents
     with files.open_weights() as weights:
-        assert weights.has("model.norm.weight")
+        assert weights.read("model.norm.weight", (64,)).dtype == torch.bfloat16
 
 
 def test_a_folder_with_both_gives_safetensors_unless_gguf_is_asked_for(
@@ -108,8 +134,8 @@ def test_a_format_asked_for_by_name_is_never_replaced(
     assert "no .gguf file" in _refusal(_local(folder, "gguf"), ModelNotFound)
     assert "safetensors" in _refusal(_local(source.parent, "safetensors"), ModelNotFound)
     assert "config.json" in _refusal(_local(source.parent, "dummy"), ModelNotFound)
-    hub = ModelSettings(name="some/name", load_format="gguf")
-    assert "some/name" in _refusal(hub, Unsupported)
+    hub = ModelSettings(name="some/name/m.gguf", load_format="safetensors")
+    assert "some/name/m.gguf" in _refusal(hub, Unsupported)
 
 
 def test_several_ggufs_in_a_folder_are_not_chosen_from(tmp_path: Path) -> None:
@@ -139,6 +165,11 @@ def test_a_quantized_checkpoint_is_refused_instead_of_misread(folder: Path) -> N
     quantized = {**CONFIG, "quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps(quantized))
     assert "quantized (fp8)" in _refusal(_local(folder), Unsupported)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": "fp8"}))
+    message = _refusal(_local(folder), ModelBroken)
+    assert message.startswith("config.json: quantization_config must be dict")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": None}))
+    assert resolve(_local(folder)).folder == folder
 
 
 @pytest.mark.parametrize(
