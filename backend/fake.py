@@ -129,9 +129,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def weigh(logits: Mapping[int, float], sampling: SamplingParams) -> list[tuple[int, float]]:
-    """The tokens that temperature, top_k, top_p and min_p leave, best first, each with its weight
-    (the best token's is 1).
-    """
+    """What temperature and the filters leave, best first, with weights (the best token's is 1)."""
     ranked = sorted(logits.items(), key=lambda item: (-item[1], item[0]))
     best = ranked[0][1]
     if not sampling.temperature:
@@ -380,7 +378,8 @@ def _folder_model(folder: Path) -> tuple[FakeModel, tuple[int, ...]]:
     if not isinstance(size, int) or size < 4:
         raise ModelBroken(f"{folder}/config.json: vocab_size must be a number from 4, got {size!r}")
     generation = _read_json(folder / "generation_config.json") or {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    ends = generation.get("eos_token_id")
+    ends = config.get("eos_token_id") if ends is None else ends
     stop_ids = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
     end = stop_ids[0] if stop_ids else None
     return FakeModel(size, end, (range(size), range(size))), stop_ids

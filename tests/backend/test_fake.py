@@ -300,3 +300,10 @@ def test_a_folder_without_a_model_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelBroken, match="no JSON"):
         open_backend(settings, Scheduler)
+
+
+def test_a_null_end_in_the_generation_config_leaves_the_models_own(tmp_path: Path) -> None:
+    settings = write_model(
+        tmp_path, {"vocab_size": 5000, "eos_token_id": 2}, {"eos_token_id": None}
+    )
+    assert open_backend(settings, Scheduler).spec.stop_ids == (2,)
