@@ -55,9 +55,7 @@ class Submission:
     group: str | None = None
     priority: int = 0  # higher goes first
     arrival: float = 0.0  # time.monotonic() at the front
-    deadline: float | None = (
-        None  # time.monotonic() after which a request still waiting is given up
-    )
+    deadline: float | None = None  # time.monotonic() at which who still waits is given up
     received: tuple[int, ...] = ()  # ids of this answer that the client has already
 
     @property

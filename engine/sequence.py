@@ -22,9 +22,7 @@ class Placement:
 
     slot: int
     lease: Lease
-    prefill_end: (
-        int  # positions known at admission; from there on each input is the token sampled before it
-    )
+    prefill_end: int  # positions known at admission; after them each input is the token before it
     planned: int  # positions given to the device
     settled: int  # positions whose step has come back
     sent_pages: int = 0  # pages of the lease that the device knows of
@@ -41,15 +39,11 @@ class Sequence:
     stop_ids: frozenset[int]
     ids: list[int]  # prompt and settled output
     placement: Placement | None = None
-    cached: int | None = (
-        None  # prompt tokens answered by the cache at the first admission; None: not admitted yet
-    )
+    cached: int | None = None  # prompt tokens that the cache answered at first; None: never ran
     reported: bool = False  # `cached` has gone out
     scored: bool = False  # all prompt log-probabilities are there
     scores: list[TokenLogprob] = field(default_factory=list)
-    leaving: bool = (
-        False  # ended or yielding: no further chunk, results of steps in flight are dropped
-    )
+    leaving: bool = False  # ended or yielding: results of steps in flight are dropped
     returns: bool = False  # with leaving: goes back to the queue instead of ending
 
     @property

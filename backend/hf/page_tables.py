@@ -18,6 +18,7 @@ class PageTables:
     def __init__(self, spec: BackendSpec, device: str) -> None:
         longest = spec.pages_for(min(spec.max_model_len, spec.pages * spec.page_tokens))
         self._page_tokens = spec.page_tokens
+        self._pages_for = spec.pages_for
         self._table = torch.zeros(spec.max_running, longest, dtype=torch.int64, device=device)
         self._held = [0] * spec.max_running  # pages of each slot
         self._device = device
@@ -58,15 +59,14 @@ class PageTables:
 
     def _decode_rows(self, slots: Tensor, decodes: list[Chunk], starts: Tensor) -> DecodeRows:
         longest = max((chunk.start + 1 for chunk in decodes), default=0)
-        pages = -(-longest // self._page_tokens)
-        return DecodeRows(len(decodes), self._table[slots, :pages], starts + 1)
+        pages = self._table[slots, : self._pages_for(longest)]
+        return DecodeRows(len(decodes), pages, starts + 1)
 
     def _spans(self, prompts: list[Chunk], offset: int) -> tuple[PrefillSpan, ...]:
         spans = []
         for chunk in prompts:
-            pages = -(-(chunk.start + chunk.count) // self._page_tokens)
-            held = self._table[chunk.slot, :pages]
-            spans.append(PrefillSpan(offset, chunk.count, chunk.start, held))
+            pages = self._table[chunk.slot, : self._pages_for(chunk.start + chunk.count)]
+            spans.append(PrefillSpan(offset, chunk.count, chunk.start, pages))
             offset += chunk.count
         return tuple(spans)
 

@@ -34,13 +34,9 @@ class AttentionOptions:
     """How one layer attends. An implementation honours all of it or refuses at start."""
 
     scale: float  # on the dot products
-    window: int | None = (
-        None  # a query sees this many positions, its own included; None: all before it
-    )
+    window: int | None = None  # positions that a query sees, its own included; None: all
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    sinks: Tensor | None = (
-        None  # [heads]: a logit a head that takes part in the softmax and has no value
-    )
+    sinks: Tensor | None = None  # [heads]: logits in the softmax that have no value
 
 
 class PagedAttention(Protocol):

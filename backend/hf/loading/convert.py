@@ -21,9 +21,8 @@ from pathlib import Path
 from backend.hf.loading.folder import is_complete
 from backend.interface import ModelBroken, ModelNotFound, StartFailed
 
-FORMAT = (
-    1  # raise it when the same GGUF converts to another folder: cached ones are then left alone
-)
+# Raise it when the same GGUF converts to another folder: cached ones are then left alone.
+FORMAT = 1
 MAGIC = b"GGUF"
 
 logger = logging.getLogger(__name__)

@@ -97,7 +97,6 @@ class LinearFactory:
         """A product with `weight` [out, in] and `bias` [out], which may be freed afterwards."""
         self.parameters += weight.numel()
         self.weight_bytes += weight.numel() * self._precision.weights.itemsize
-        given = torch.float32 if self._kind is HalfWeightLinear else self._precision.weights
         if bias is not None:
             bias = bias.to(self._device, self._precision.compute)
-        return self._kind(weight.to(self._device, given), bias)
+        return self._kind(weight.to(self._device, self._precision.compute), bias)
