@@ -14,6 +14,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from backend.prefix_keys import block_tokens, namespace_key, next_key
+
 
 class PagePool:
     """Free page ids, handed out lowest first at the start, then last returned first."""
@@ -64,6 +66,7 @@ class Node:
     pins: int = 0  # leases that hold this page or one behind it
     used: int = 0  # clock of the last lease that held it
     queued: bool = False  # has an entry in the eviction heap
+    prefix_key: int | None = None  # where a block ends: the name of all tokens up to here
 
 
 class RadixTree:
@@ -125,13 +128,13 @@ class RadixTree:
             node.queued = True
             heapq.heappush(self._heap, (node.used, node.page, node))
 
-    def evict(self, count: int) -> list[int]:
+    def evict(self, count: int) -> list[Node]:
         """Drop up to `count` pages, least recently used first.
 
-        Returns their ids, fewer when the rest is in use.
+        Returns their nodes, fewer when the rest is in use.
         """
-        pages: list[int] = []
-        while len(pages) < count and self._heap:
+        dropped: list[Node] = []
+        while len(dropped) < count and self._heap:
             used, _, node = heapq.heappop(self._heap)
             node.queued = False
             if node.pins or node.children:
@@ -139,15 +142,15 @@ class RadixTree:
             if node.used != used:
                 self._offer(node)
                 continue
-            pages.append(self._remove(node))
-        return pages
+            self._remove(node)
+            dropped.append(node)
+        return dropped
 
-    def _remove(self, node: Node) -> int:
+    def _remove(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.key]
         self.pages -= 1
         self._offer(node.parent)
-        return node.page
 
     def nodes(self) -> Iterator[Node]:
         """Every node that holds a page."""
@@ -156,6 +159,39 @@ class RadixTree:
             node = stack.pop()
             stack.extend(node.children.values())
             yield node
+
+
+class PrefixEvents:
+    """Keys of prefixes that entered and left since somebody last asked: the difference alone.
+
+    A key that came and went, or went and came back, is not in it. So the two lists share no key,
+    and whoever applies them, in whichever order, holds what the tree holds.
+    """
+
+    def __init__(self) -> None:
+        self._entered: dict[int, None] = {}  # dicts, for their order
+        self._evicted: dict[int, None] = {}
+
+    def enter(self, key: int) -> None:
+        """A prefix is in the tree that was not."""
+        if key in self._evicted:
+            del self._evicted[key]
+        else:
+            self._entered[key] = None
+
+    def leave(self, key: int) -> None:
+        """A prefix is gone that was in the tree."""
+        if key in self._entered:
+            del self._entered[key]
+        else:
+            self._evicted[key] = None
+
+    def drain(self) -> tuple[list[int], list[int]]:
+        """(entered, evicted), and begin anew."""
+        drained = list(self._entered), list(self._evicted)
+        self._entered.clear()
+        self._evicted.clear()
+        return drained
 
 
 @dataclass(eq=False, slots=True)
@@ -190,6 +226,8 @@ class PrefixCache:
         self.tree = RadixTree()
         self.page_tokens = page_tokens
         self.prefix = prefix
+        self._block_pages = block_tokens(page_tokens) // page_tokens
+        self._events = PrefixEvents()
         self._leases: set[Lease] = set()  # for the books only; never iterated to decide anything
 
     @property
@@ -247,8 +285,16 @@ class PrefixCache:
 
     def _take(self, count: int) -> list[int]:
         if count > self.pool.free:
-            self.pool.give_back(self.tree.evict(count - self.pool.free))
+            self._evict(count - self.pool.free)
         return self.pool.take(count)
+
+    def _evict(self, count: int) -> int:
+        dropped = self.tree.evict(count)
+        self.pool.give_back([node.page for node in dropped])
+        for node in dropped:
+            if node.prefix_key is not None:
+                self._events.leave(node.prefix_key)
+        return len(dropped)
 
     def commit(self, lease: Lease, tokens: Sequence[int], settled: int) -> None:
         """Enter the full pages among the first `settled` positions into the tree, for others to
@@ -257,19 +303,30 @@ class PrefixCache:
         `tokens` are the sequence's ids from position 0; the device has computed the first
         `settled`.
         """
-        if not self.prefix or settled // self.page_tokens == len(lease.path):
+        known = len(lease.path)
+        if not self.prefix or settled // self.page_tokens == known:
             return
-        entered: list[Node] = []
         node = lease.path[-1] if lease.path else self.tree.root
-        for index in range(len(lease.path), settled // self.page_tokens):
+        for index in range(known, settled // self.page_tokens):
             node = self.tree.insert(
                 node, page_key(lease.namespace, tokens, index, self.page_tokens), lease.pages[index]
             )
             if node.page != lease.pages[index]:
                 lease.duplicates.append(lease.pages[index])
-            entered.append(node)
-        self.tree.pin(entered)
-        lease.path += entered
+            lease.path.append(node)
+            if node.prefix_key is None and (index + 1) % self._block_pages == 0:
+                self._name(lease, tokens)
+        self.tree.pin(lease.path[known:])
+
+    def _name(self, lease: Lease, tokens: Sequence[int]) -> None:
+        """Give the last node of the path, where a block ends, its key, and report that."""
+        node, end = lease.path[-1], len(lease.path)
+        start = end - self._block_pages
+        before = lease.path[start - 1].prefix_key if start else namespace_key(lease.namespace)
+        assert before is not None  # a block ended there
+        block = tokens[start * self.page_tokens : end * self.page_tokens]
+        node.prefix_key = next_key(before, block)
+        self._events.enter(node.prefix_key)
 
     def close(self, lease: Lease) -> None:
         """End a lease: what has entered the tree stays there, unpinned; the rest goes back to the
@@ -284,9 +341,13 @@ class PrefixCache:
 
     def flush(self) -> int:
         """Give up every cached page that is not in use. Returns how many."""
-        pages = self.tree.evict(self.tree.pages)
-        self.pool.give_back(pages)
-        return len(pages)
+        return self._evict(self.tree.pages)
+
+    def events(self) -> tuple[list[int], list[int]]:
+        """Keys (`backend/prefix_keys.py`) of the prefixes that entered the tree and of those that
+        left it since the last call. No key is in both.
+        """
+        return self._events.drain()
 
     def check(self) -> None:
         """Account for every page: free, in the tree, or a lease's own, each exactly once.

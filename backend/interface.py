@@ -23,6 +23,7 @@ from backend.errors import (
     RequestRefused as RequestRefused,
     StartFailed as StartFailed,
     TooLong as TooLong,
+    Unavailable as Unavailable,
     Unsupported as Unsupported,
 )
 from backend.sampling_params import (
@@ -208,6 +209,8 @@ class StepOutput:
     deltas: list[Delta] = field(default_factory=list)
     step_tokens: int = 0  # positions the settled step computed
     step_seconds: float = 0.0  # from its launch to its settlement
+    entered: Sequence[int] = ()  # cached prefixes that are new: `backend/prefix_keys.py`
+    evicted: Sequence[int] = ()  # those that are gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,19 +130,25 @@ class Scheduler:
     def advance(self, wait: float) -> StepOutput:
         """Plan and launch the next step, then settle the oldest one while the device works.
 
-        Never blocks for `wait`: with nothing in flight there is nothing to wait for.
+        Never blocks for `wait`: with nothing in flight there is nothing to wait for. What happened
+        between two steps comes with the next call, also when that has no step to do.
         """
+        output = self._step()
+        output.deltas[:0], self._news = self._news, []
+        output.entered, output.evicted = self.cache.events()
+        return output
+
+    def _step(self) -> StepOutput:
+        """What the device did; not what happened between two steps."""
         draft = self._plan()
         if draft.chunks:
             plan = StepPlan(draft.chunks, draft.taken)
             launched = time.monotonic()
             handle = self.executor.launch(plan)
             self._flights.append(Flight(plan, draft.sequences, handle, launched))
-        output = StepOutput()
         if self._flights and (not draft.chunks or len(self._flights) == self.spec.depth):
-            output = self._settle(self._flights.popleft())
-        output.deltas[:0], self._news = self._news, []
-        return output
+            return self._settle(self._flights.popleft())
+        return StepOutput()
 
     def _plan(self) -> Draft:
         draft = Draft(self.spec.max_step_tokens)
@@ -313,7 +319,7 @@ class Scheduler:
         before = self._steps
         self.submit(Submission("warm", (0,), sampling, seed=0, namespace="warm"))
         while "warm" in self._live:
-            self.advance(0.0)
+            self._step()  # the news of others stay for `advance`
         return self._steps - before
 
     def flush(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from backend.cache import Lease, Node, PagePool, PrefixCache
+from backend.prefix_keys import block_tokens, prefix_keys
 
 Prefix = tuple[str, tuple[int, ...]]  # a namespace, and the ids from position 0 to a page's end
 
@@ -194,11 +196,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     holders = Bundle("holders")
     tokens = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+    folded: set[int]  # what somebody knows who only heard the events
     namespaces = st.sampled_from(["", "salt"])
 
     @initialize(pages=st.integers(3, 9), page_tokens=st.integers(1, 3), prefix=st.booleans())
     def start(self, pages: int, page_tokens: int, prefix: bool) -> None:
-        self.cache = PrefixCache(pages, page_tokens, prefix)
+        with patch("backend.prefix_keys.BLOCK_TOKENS", 2):  # so that short sequences fill blocks
+            self.cache = PrefixCache(pages, page_tokens, prefix)
+            self.block = block_tokens(page_tokens)
+        self.folded = set()
         self.size, self.page_tokens, self.prefix = pages, page_tokens, prefix
         self.kept: dict[Prefix, int] = {}
         self.live: list[Holder] = []
@@ -321,6 +327,19 @@ class CacheMachine(RuleBasedStateMachine):
         pinned = self.pinned()
         assert self.cache.flush() == len(self.kept) - len(pinned)
         self.kept = {prefix: used for prefix, used in self.kept.items() if prefix in pinned}
+
+    @rule()
+    def drain(self) -> None:
+        entered, evicted = self.cache.events()
+        assert len({*entered, *evicted}) == len(entered) + len(evicted)
+        assert not self.folded & {*entered}
+        assert self.folded >= {*evicted}
+        self.folded = (self.folded | {*entered}) - {*evicted}
+        assert self.folded == {
+            prefix_keys(namespace, tokens, self.block)[-1]
+            for namespace, tokens in self.kept
+            if len(tokens) % self.block == 0
+        }
 
     @invariant()
     def the_books_agree(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from backend.interface import BackendFailed, Finish, Submission, Wants
+from backend.prefix_keys import prefix_keys
 from tests.conformance.driver import Answer
 from tests.engine.scheduler_bench import Bench, alone, ask, seed_of
 
@@ -266,6 +267,46 @@ def test_flushing_makes_the_next_prompt_pay_again() -> None:
     assert bench.backend.flush() == 2
     (answer,) = bench.run(ask("b", range(9), 1))
     assert answer.cached == [0]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_step_says_which_prefixes_it_brought_into_the_cache(
+    monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setattr("backend.prefix_keys.BLOCK_TOKENS", 8)
+    bench = Bench(max_step_tokens=8, depth=depth)
+    (answer,) = Bench().run(ask("same", range(20), 6))
+    bench.submit(ask("a", range(20), 6))
+    outputs = [bench.backend.advance(0.0) for _ in range(10)]
+    keys = prefix_keys("", [*range(20), *answer.tokens], 8)
+    steps = [list(output.entered) for output in outputs if output.step_tokens]
+    assert steps[:3] == [keys[:1], keys[1:2], []]
+    assert [key for step in steps for key in step] == keys
+    assert not any(output.evicted for output in outputs)
+
+
+def test_what_a_flush_gave_up_is_said_though_no_step_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("backend.prefix_keys.BLOCK_TOKENS", 8)
+    bench = Bench()
+    bench.run(ask("a", range(17), 1))
+    bench.backend.flush()
+    output = bench.backend.advance(0.0)
+    assert (output.step_tokens, set(output.evicted)) == (0, set(prefix_keys("", range(16), 8)))
+    assert not bench.backend.advance(0.0).evicted
+
+
+def test_warming_up_swallows_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.prefix_keys.BLOCK_TOKENS", 8)
+    bench = Bench()
+    bench.run(ask("a", range(17), 1))
+    bench.backend.flush()
+    bench.submit(ask("ended", new=1, received=(7,)))
+    bench.backend.warm(3)
+    output = bench.backend.advance(0.0)
+    assert [delta.id for delta in output.deltas] == ["ended"]
+    assert set(output.evicted) == set(prefix_keys("", range(16), 8))
 
 
 def test_the_load_counts_rows_waiting_and_pages() -> None:
