@@ -11,6 +11,7 @@ EngineError
 │   ├── TooLong          prompt and answer exceed the context
 │   └── NeverFits        prompt and answer exceed all the pages there are
 ├── Overloaded           the queue is full, try again later                   -> 429, Retry-After
+├── Unavailable          nothing is served now: starting, draining, or down   -> 503, Retry-After
 └── BackendFailed        the engine cannot go on                              -> 503
     └── DeviceLost       the device is gone, and every running sequence with it
 """
@@ -60,13 +61,21 @@ class NeverFits(RequestRefused):
 class Overloaded(EngineError):
     """The queue is full.
 
-    `queue_depth` requests wait; `retry_after_s` is when one is expected to have left.
+    `queue_depth` requests wait; `retry_after_s` is when there is expected to be room, `est_wait_s`
+    when all of them are expected to have left.
     """
 
-    def __init__(self, message: str, queue_depth: int, retry_after_s: float) -> None:
+    def __init__(
+        self, message: str, queue_depth: int, retry_after_s: float, est_wait_s: float
+    ) -> None:
         super().__init__(message)
         self.queue_depth = queue_depth
         self.retry_after_s = retry_after_s
+        self.est_wait_s = est_wait_s
+
+
+class Unavailable(EngineError):
+    """Nothing is served now: the engines start, are drained, or are down."""
 
 
 class BackendFailed(EngineError):

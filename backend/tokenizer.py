@@ -40,6 +40,7 @@ class Tokenizer(ABC):
     ) -> None:
         self.table = table.table  # index: id; ids without a token are empty
         self.visible = table.visible  # the same, special tokens empty
+        self.longest = max(map(len, self.table), default=0)  # bytes of a token, at most
         self.strips_leading_space = table.strips_leading_space
         self.special_ids = special_ids
         self.stop_ids = stop_ids  # the tokenizer's own end token; a model may have more

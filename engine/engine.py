@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 LOOK_AHEAD = 8  # submissions a backend holds beyond its rows, so that a freed row is filled at once
 
 
+def in_one_line(error: Exception) -> str:
+    """An error that is none of ours, with its kind: torch says it in many lines."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class Engine:
     """A backend with a waiting room in front of it."""
 
@@ -50,6 +55,11 @@ class Engine:
         """Whether every accepted submission has had its finish."""
         return not self._live
 
+    @property
+    def failure(self) -> str | None:
+        """One line with the cause, once the backend has failed: nothing more will come of it."""
+        return self._failure
+
     def submit(self, submission: Submission) -> None:
         """Accept a submission.
 
@@ -60,6 +70,7 @@ class Engine:
         if submission.id in self._live:
             raise RequestRefused(f"id {submission.id!r} is in use: choose another", "id")
         self.spec.check(submission)
+        self._room.check(1, self._free())
         self._room.push(submission)
         self._live[submission.id] = None
 
@@ -97,22 +108,29 @@ class Engine:
 
     def _feed(self, now: float) -> None:
         """Hand over what the backend has rows for, and a little more."""
-        load = self._backend.load()
-        room = self.spec.max_running + LOOK_AHEAD - load.running - load.waiting
-        while room > 0 and (submission := self._room.next(now)) is not None:
+        free = self._free()
+        while free > 0 and (submission := self._room.next(now)) is not None:
             self._backend.submit(submission)
-            room -= 1
+            free -= 1
+
+    def _free(self) -> int:
+        """How many more the backend would take."""
+        load = self._backend.load()
+        return max(0, self.spec.max_running + LOOK_AHEAD - load.running - load.waiting)
 
     def _fail(self, error: Exception) -> StepOutput:
         """End everything with an error, and refuse what comes after."""
-        cause = " ".join(f"{type(error).__name__}: {error}".split())  # torch says it in many lines
-        self._failure = f"the backend failed: {cause}"
+        self._failure = f"the backend failed: {in_one_line(error)}"
         expected = isinstance(error, EngineError)  # else it is a defect, and the trace is wanted
         logger.error(self._failure, exc_info=None if expected else error)
         self._room.clear()
         finish = Finish("error", message=self._failure)
         ended = {delta.id for delta in self._ended}
         return StepOutput([Delta(id, finish=finish) for id in self._live if id not in ended])
+
+    def fileno(self) -> int | None:
+        """The backend's descriptor, readable when `step` has something; None: call `step`."""
+        return self._backend.fileno()
 
     def load(self) -> Load:
         """The backend's load, with those that wait here."""

@@ -36,7 +36,7 @@ class WaitingRoom:
     """A bounded queue of submissions. Times are `time.monotonic()` seconds, given by the caller."""
 
     def __init__(self, settings: QueueSettings) -> None:
-        self._bound = settings.max_queued
+        self.bound = settings.max_queued  # may be changed while requests wait; 0: none
         self._line: list[Waiting] = []
         self._count = 0
         self._departures: deque[float] = deque(maxlen=DEPARTURES_REMEMBERED)
@@ -44,14 +44,22 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._line)
 
-    def push(self, submission: Submission) -> None:
-        """Queue a submission. Raises Overloaded when `MAX_QUEUED` wait already."""
-        if self._bound and len(self._line) >= self._bound:
+    def check(self, count: int, free: int) -> None:
+        """Raise Overloaded when `count` more are too many. The bound is not for the first `free` of
+        all who wait: they leave at once.
+        """
+        depth = max(0, len(self._line) - free)
+        excess = len(self._line) + count - free - self.bound
+        if self.bound and excess > 0:
             raise Overloaded(
-                f"{len(self._line)} requests wait (MAX_QUEUED={self._bound}): try again later",
-                queue_depth=len(self._line),
-                retry_after_s=self.expected_wait(1),
+                f"{depth} requests wait (MAX_QUEUED={self.bound}): try again later",
+                queue_depth=depth,
+                retry_after_s=self.expected_wait(excess),
+                est_wait_s=self.expected_wait(depth),
             )
+
+    def push(self, submission: Submission) -> None:
+        """Queue a submission that `check` had room for."""
         insort(self._line, Waiting(submission.priority, self._count, submission), key=_place)
         self._count += 1
 

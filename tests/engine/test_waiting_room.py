@@ -91,14 +91,20 @@ def test_whoever_does_not_wait_has_no_position() -> None:
 def test_a_full_room_refuses_with_its_depth_and_takes_again_when_one_has_left() -> None:
     room = room_of(ask("a"), ask("b"), bound=2)
     with pytest.raises(Overloaded, match="2 requests wait") as refused:
-        room.push(ask("c", priority=9))  # the bound knows no priority
+        room.check(1, free=0)
     assert "MAX_QUEUED=2" in str(refused.value)
     assert refused.value.queue_depth == 2
     assert refused.value.retry_after_s > 0
-    assert room.position("c") is None
+    assert refused.value.est_wait_s > 0
     room.next(0.0)
-    room.push(ask("c"))
-    assert ids(room.clear()) == ["b", "c"]
+    room.check(1, free=0)
+
+
+def test_the_bound_is_not_for_those_who_leave_at_once() -> None:
+    room = room_of(ask("a"), ask("b"), bound=2)
+    room.check(3, free=3)
+    with pytest.raises(Overloaded, match="0 requests wait"):
+        room.check(4, free=3)
 
 
 def test_a_room_without_a_bound_takes_everybody() -> None:
