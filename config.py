@@ -8,9 +8,9 @@ lists them all.
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -148,12 +148,59 @@ class GenerationSettings(Part):
     max_new_tokens: int = Field(512, ge=1, alias="MAX_NEW_TOKENS_DEFAULT")
 
 
+class PoolSettings(Part):
+    """How many engines, and which of them a request goes to."""
+
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field("auto", alias="REPLICAS")
+    multi_device: bool = Field(True, alias="ENABLE_MULTI_DEVICE")  # auto: one a CUDA device
+    mode: Literal["rr", "fsfs", "random", "cache_aware"] = Field("rr", alias="SCHEDULER_MODE")
+    max_inflight_total: int = Field(
+        0, ge=0, alias="MAX_INFLIGHT_TOTAL"
+    )  # requests given to engines; 0: what they have rows for
+    max_inflight_per_engine: int = Field(0, ge=0, alias="MAX_INFLIGHT_PER_ENGINE")  # likewise
+
+
+class AdaptiveSettings(Part):
+    """Shorter answers under load."""
+
+    enabled: bool = Field(False, alias="ADAPTIVE_MAX_NEW_TOKENS")
+    threshold: int = Field(
+        0, ge=0, alias="ADAPTIVE_MAX_INFLIGHT_THRESHOLD"
+    )  # live requests beyond which it acts; 0: the rows of all engines
+    factor: float = Field(0.8, gt=0, le=1, alias="ADAPTIVE_MAX_NEW_TOKENS_FACTOR")
+
+
+class ServerSettings(Part):
+    """What clients see, and who they must be."""
+
+    alias: str | None = Field(None, alias="MODEL_ALIAS")  # shown instead of the model's name
+    api_key: SecretStr | None = Field(None, alias="API_KEY")  # several: separated by commas
+    admin_api_key: SecretStr | None = Field(None, alias="ADMIN_API_KEY")  # unset: loopback only
+    strict_fields: bool = Field(False, alias="STRICT_FIELDS")  # refuse unknown fields everywhere
+    drain_timeout_s: float = Field(30.0, ge=0, alias="DRAIN_TIMEOUT_S")
+    warm_prefixes: str | None = Field(None, alias="WARM_PREFIXES")  # separated by ||
+    metric_window: int = Field(
+        50, ge=1, le=100_000, alias="METRIC_WINDOW"
+    )  # requests that a rolling average is over
+
+
+class ControlSettings(Part):
+    """The control plane's socket."""
+
+    enabled: bool = Field(False, alias="ZMQ_CONTROL")
+    endpoint: str = Field("tcp://127.0.0.1:5557", alias="ZMQ_CONTROL_ENDPOINT")
+
+
 class Settings(Part):
     """The whole, for the entry points: they hand its parts down."""
 
     backend: BackendSettings = Field(default_factory=BackendSettings)
     queue: QueueSettings = Field(default_factory=QueueSettings)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    pool: PoolSettings = Field(default_factory=PoolSettings)
+    adaptive: AdaptiveSettings = Field(default_factory=AdaptiveSettings)
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    control: ControlSettings = Field(default_factory=ControlSettings)
     log_level: LogLevel = Field("INFO", alias="LOG_LEVEL")
 
 
@@ -165,11 +212,15 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
+        raise ConfigError(_explain(error.errors())) from None
 
 
-def _explain(detail: ErrorDetails) -> str:
-    return f"{detail['loc'][-1]}={detail['input']}: {detail['msg']}"
+def _explain(details: list[ErrorDetails]) -> str:
+    """One line. A value that may be one thing or another is told what it could be."""
+    wrong: dict[str, list[str]] = {}
+    for detail in details:
+        wrong.setdefault(f"{detail['loc'][0]}={detail['input']}", []).append(detail["msg"])
+    return "; ".join(f"{flag}: {' or '.join(what)}" for flag, what in wrong.items())
 
 
 # How long a thread of the CPU kernels spins at a barrier before it sleeps. By default that is

@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 import config
@@ -35,7 +35,18 @@ def another_value(field: FieldInfo) -> object:
         return not field.default
     if field.annotation is int:
         return field.default + 1
+    if field.annotation == SecretStr | None:
+        return SecretStr("secret")
+    if field.default == "auto":
+        return 3  # or a number
     return 0.5 if field.annotation is float else "somewhere"
+
+
+def as_text(value: object) -> str:
+    """A value as the environment holds it."""
+    if isinstance(value, bool):
+        return f"{value:d}"
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def written(value: object) -> str:
@@ -131,7 +142,7 @@ def test_a_flag_reaches_its_field(
     for flag in flags:
         part, name, field = field_of(flag, settings_parts)
         value = another_value(field)
-        monkeypatch.setenv(flag, f"{value:d}" if isinstance(value, bool) else str(value))
+        monkeypatch.setenv(flag, as_text(value))
         assert getattr(part(), name) == value != field.default
         monkeypatch.setenv(flag, "")
         assert getattr(part(), name) == field.default, "an empty flag is unset"
@@ -142,7 +153,7 @@ def test_a_value_that_nothing_understands_gives_one_line_that_names_the_flag(
 ) -> None:
     for flag in flags:
         field = field_of(flag, settings_parts)[2]
-        if field.annotation in (str, str | None):
+        if field.annotation in (str, str | None, SecretStr | None):
             continue  # any text is a name or a path
         monkeypatch.setenv(flag, "perhaps")
         with pytest.raises(config.ConfigError) as caught:
