@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from backend.interface import EngineError
 from config import ConfigError
-
-_IMPORTED = time.monotonic()
+from engine.log import start_log as start_log
+from engine.process_age import process_age as process_age
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +31,25 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "count"  # argparse says: invalid count value
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """An argument that lists counts, separated by commas."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+counts.__name__ = "list of counts"
+
+
+def amount(text: str) -> float:
+    """An argument that measures something: more than 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+amount.__name__ = "amount"
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -53,23 +71,3 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def start_log(level: str) -> None:
-    """Our own messages from `level` on, other people's from WARNING on, to stderr."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    for package in ("backend", "engine"):
-        logging.getLogger(package).setLevel(level)
-
-
-def process_age() -> float:
-    """Seconds since this process started, from the kernel's books (proc(5), field 22 of stat).
-
-    Without a /proc: since this module was imported, which misses the interpreter's own start.
-    """
-    if sys.platform != "linux":
-        return time.monotonic() - _IMPORTED
-    with open("/proc/self/stat", encoding="utf-8", errors="replace") as stat:
-        started_ticks = int(stat.read().rpartition(")")[2].split()[19])
-    started = started_ticks / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
