@@ -1,0 +1,316 @@
+"""Who waits and which engine answers: every request of the server, from its acceptance to its end.
+
+Owned by the pool, on its event loop; knows engines by their index, their spec and a way to send.
+Requests wait in one room; an engine has what it has rows for and a small look-ahead. Whatever
+fails, each accepted request ends with exactly one finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from backend.interface import BackendSpec, Delta, Finish, RequestRefused
+from config import AdaptiveSettings, PoolSettings, QueueSettings
+from engine.engine import LOOK_AHEAD
+from engine.live_request import LiveRequest
+from engine.placement import Placement, open_placement
+from engine.statistics import Statistics
+from engine.waiting_room import WaitingRoom
+from ipc.messages import Cancel, FrontMessage, Step, Submit
+
+ABORTED = Finish("abort", message="aborted")
+
+
+@dataclass(slots=True)
+class Limits:
+    """What may be changed while the server runs; 0: no bound but the engines' rows."""
+
+    max_inflight_total: int
+    max_inflight_per_engine: int
+    max_queued: int
+
+
+@dataclass(eq=False, slots=True)
+class Serving:
+    """An engine that serves, and what it has been given."""
+
+    spec: BackendSpec
+    send: Callable[[FrontMessage], None]
+    running: dict[str, LiveRequest] = field(default_factory=dict)
+    busy_since: float | None = None  # time.monotonic() when it was last given work while idle
+
+    def room(self, bound: int) -> int:
+        """How many requests more it would take."""
+        rows = self.spec.max_running + LOOK_AHEAD
+        return max(0, min(bound or rows, rows) - len(self.running))
+
+
+class Dispatcher:
+    """Every request that is not ended."""
+
+    def __init__(
+        self,
+        pool: PoolSettings,
+        adaptive: AdaptiveSettings,
+        queue: QueueSettings,
+        statistics: Statistics,
+    ) -> None:
+        self._mode = pool.mode
+        self._adaptive = adaptive
+        self._statistics = statistics
+        self._limits = Limits(
+            pool.max_inflight_total, pool.max_inflight_per_engine, queue.max_queued
+        )
+        self._room = WaitingRoom(queue)
+        self._serving: dict[int, Serving] = {}  # by the engine's index
+        self._placement: Placement | None = None  # made with the first engine
+        self._live: dict[str, LiveRequest] = {}  # by submission id, until no engine knows it
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # What there is
+
+    @property
+    def engines(self) -> Sequence[int]:
+        """The engines that serve."""
+        return list(self._serving)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no engine has yet."""
+        return len(self._room)
+
+    def on(self, index: int) -> Serving | None:
+        """What an engine has been given; None: it does not serve."""
+        return self._serving.get(index)
+
+    @property
+    def running(self) -> int:
+        """Requests given to engines and not ended."""
+        return sum(len(each.running) for each in self._serving.values())
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds in force."""
+        return replace(self._limits)
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = replace(limits)
+        self._room.bound = limits.max_queued
+        self._dispatch()
+
+    async def idle(self) -> None:
+        """Wait until no request is left."""
+        await self._idle.wait()
+
+    # Requests come and go
+
+    def submit(self, requests: Sequence[LiveRequest]) -> list[str]:
+        """Accept the requests, all or none; their `notify` is called from now on.
+
+        Returns warnings for the client: what was asked for and is not given. Raises RequestRefused
+        or Overloaded.
+        """
+        warnings = self._shorten(requests)
+        self._check(requests)
+        for request in requests:
+            self._accept(request)
+            self._room.push(request.submission)
+        self._dispatch()
+        return warnings
+
+    def _shorten(self, requests: Sequence[LiveRequest]) -> list[str]:
+        """Lower the lengths asked for while the load is above the threshold."""
+        rows = sum(each.spec.max_running for each in self._serving.values())
+        if not self._adaptive.enabled or len(self._live) <= (self._adaptive.threshold or rows):
+            return []
+        warnings: dict[str, None] = {}  # answers of one prompt say it once
+        for request in requests:
+            sampling = request.submission.sampling
+            asked = request.submission.max_new_tokens
+            given = max(1, sampling.min_new_tokens, int(asked * self._adaptive.factor))
+            if given < asked:
+                sampling = replace(sampling, max_new_tokens=given)
+                request.submission = replace(request.submission, sampling=sampling)
+                warnings[
+                    f"max_new_tokens was lowered from {asked} to {given}: the server is busy "
+                    "(ADAPTIVE_MAX_NEW_TOKENS)"
+                ] = None
+        return list(warnings)
+
+    def _check(self, requests: Sequence[LiveRequest]) -> None:
+        """Raise what speaks against taking them."""
+        ids = {request.id for request in requests}
+        if len(ids) < len(requests) or not self._live.keys().isdisjoint(ids):
+            name = requests[0].request_id
+            raise RequestRefused(f"rid {name!r} is in use: choose another", "rid")
+        bound = self._limits.max_queued
+        most = bound + sum(each.spec.max_running + LOOK_AHEAD for each in self._serving.values())
+        if bound and len(requests) > most:
+            raise RequestRefused(
+                f"{len(requests):,} answers at once are more than the server ever holds "
+                f"({most:,}): ask for fewer",
+                "n",
+            )
+        self._room.check(len(requests), self._free_rows())
+
+    def _free_rows(self) -> int:
+        """How many would leave the room at once."""
+        rooms = sum(
+            each.room(self._limits.max_inflight_per_engine) for each in self._serving.values()
+        )
+        bound = self._limits.max_inflight_total
+        return min(rooms, max(0, bound - self.running)) if bound else rooms
+
+    def _accept(self, request: LiveRequest) -> None:
+        self._live[request.id] = request
+        self._idle.clear()
+        self._statistics.accepted(request)
+
+    def end(self, request: LiveRequest, finish: Finish) -> None:
+        """End a request from this side: a stop string was found, or nobody waits for it. One that
+        has ended is left as it is.
+        """
+        if request.finish is not None:
+            return
+        self._finish(request, finish)
+        if request.replica is None:
+            self._room.remove(request.id)
+            self._forget(request)
+        else:  # it keeps its row until the engine says so
+            self._serving[request.replica].send(Cancel(request.id))
+
+    def abort(
+        self, *, request_id: str | None = None, owner: str | None = None, finish: Finish = ABORTED
+    ) -> int:
+        """End requests and tell who waits for them: those of one id, of one owner, or all of them.
+
+        Returns how many.
+        """
+        found = [
+            each
+            for each in self._live.values()
+            if request_id in (None, each.request_id) and owner in (None, each.owner)
+        ]
+        going = [each for each in found if each.finish is None]
+        for request in going:
+            self.end(request, finish)
+            request.notify(request)
+        return len(going)
+
+    def _finish(self, request: LiveRequest, finish: Finish) -> None:
+        request.finish = finish
+        request.ended = time.monotonic()
+        self._statistics.finished(request)
+
+    def _forget(self, request: LiveRequest) -> None:
+        """No engine knows it any more."""
+        del self._live[request.id]
+        if not self._live:
+            self._idle.set()
+
+    # Engines come and go
+
+    def engine_ready(
+        self, index: int, spec: BackendSpec, send: Callable[[FrontMessage], None]
+    ) -> None:
+        """An engine serves: it is given work."""
+        if self._placement is None:
+            self._placement = open_placement(self._mode, spec.page_tokens)
+        self._serving[index] = Serving(spec, send)
+        self._dispatch()
+
+    def engine_lost(self, index: int, reason: str) -> None:
+        """An engine is gone: what it had ends with an error, what waits goes to the others."""
+        serving = self._serving.pop(index, None)
+        if serving is None or self._placement is None:
+            return  # it never served
+        self._placement.lost(index)
+        finish = Finish("error", message=f"the engine died: {reason}")
+        for request in serving.running.values():
+            self._forget(request)
+            if request.finish is None:
+                self._finish(request, finish)
+                request.notify(request)
+        self._dispatch()
+
+    def end_waiting(self, reason: str) -> None:
+        """No engine will come: those who wait end with an error."""
+        waiting = [self._live[each.id] for each in self._room.clear()]
+        for request in waiting:
+            self._forget(request)
+            self._finish(request, Finish("error", message=reason))
+            request.notify(request)
+
+    def give(self, index: int, request: LiveRequest) -> None:
+        """Accept a request for one engine, past the queue and its limits."""
+        self._accept(request)
+        self._send(index, request)
+
+    def _dispatch(self) -> None:
+        """Give out what waits, first come first served, while there is an engine with room."""
+        bound = self._limits.max_inflight_per_engine
+        while self._placement is not None and self._free_rows():
+            submission = self._room.next(time.monotonic())
+            if submission is None:
+                return
+            free = [index for index, each in self._serving.items() if each.room(bound)]
+            index = self._placement.choose(submission, free)
+            self._send(index, self._live[submission.id])
+
+    def _send(self, index: int, request: LiveRequest) -> None:
+        request.replica = index
+        request.placed = time.monotonic()
+        serving = self._serving[index]
+        if not serving.running:
+            serving.busy_since = request.placed
+        serving.running[request.id] = request
+        self._statistics.placed(request)
+        serving.send(Submit(request.submission))
+
+    # Tokens come
+
+    def step(self, index: int, step: Step) -> None:
+        """An engine brought news of its requests."""
+        assert self._placement is not None
+        self._statistics.step(index, step)
+        if step.entered or step.evicted:
+            self._placement.cached(index, step.entered, step.evicted)
+        running = self._serving[index].running
+        now = time.monotonic()
+        for delta in step.deltas():
+            request = running.get(delta.id)
+            if request is None:
+                continue
+            if request.finish is None:
+                self._feed(request, delta, now)
+            if delta.finish is not None:
+                del running[delta.id]
+                self._forget(request)
+                self._placement.ended(delta.id)
+        if step.finishes:
+            self._dispatch()
+
+    def _feed(self, request: LiveRequest, delta: Delta, now: float) -> None:
+        """Add news to a request that goes on."""
+        if delta.cached is not None:
+            request.cached = delta.cached
+        if delta.tokens:
+            self._add_tokens(request, delta, now)
+        request.prompt_logprobs += delta.prompt_logprobs
+        if delta.finish is not None:
+            self._finish(request, delta.finish)
+        request.notify(request)
+
+    def _add_tokens(self, request: LiveRequest, delta: Delta, now: float) -> None:
+        self._statistics.received(request, len(delta.tokens), now)
+        if request.first_token is None and self._placement is not None:
+            request.first_token = now
+            self._placement.began(request.id)
+        request.last_token = now
+        request.received += delta.tokens
+        request.logprobs += delta.logprobs

@@ -1,0 +1,328 @@
+"""The pool of engines: starts them, watches them, and speaks for them all.
+
+Owned by the server, on its event loop. Requests are the dispatcher's, processes the supervisors';
+here is what concerns the whole: the state, draining, warming, flushing, the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from backend.interface import (
+    BackendFailed,
+    BackendSpec,
+    Finish,
+    Load,
+    Overloaded,
+    RequestRefused,
+    SamplingParams,
+    StartFailed,
+    Submission,
+    Unavailable,
+)
+from config import AdaptiveSettings, BackendSettings, PoolSettings, QueueSettings
+from engine.devices import plan_replicas
+from engine.dispatcher import ABORTED, Dispatcher, Limits
+from engine.live_request import LiveRequest
+from engine.replica import Replica
+from engine.statistics import Statistics
+from engine.supervisor import ReplicaState, Supervisor
+from ipc.messages import Step
+
+logger = logging.getLogger(__name__)
+
+PoolState = Literal["starting", "ready", "draining", "down"]
+
+REFUSALS: dict[PoolState, str] = {
+    "starting": "the engines are starting: try again in a moment",
+    "draining": "the server is draining: it takes no new requests",
+    "down": "every engine is down: see the server's log",
+}
+CLOSED = Finish("abort", message="the server has stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica, for whoever looks."""
+
+    index: int
+    device: str
+    state: ReplicaState
+    inflight: int  # requests given to it and not ended
+    restarts: int
+    pid: int | None
+    load: Load | None  # of its last step; None until there was one
+    last_news: float | None  # time.monotonic() of its last step, or when it got work while idle
+
+
+class EnginePool:
+    """Every engine of this server. A `Watcher` of their supervisors."""
+
+    def __init__(
+        self,
+        pool: PoolSettings,
+        adaptive: AdaptiveSettings,
+        queue: QueueSettings,
+        backend: BackendSettings,
+        statistics: Statistics,
+    ) -> None:
+        self.statistics = statistics
+        self._settings = pool
+        self._backend = backend
+        self._dispatcher = Dispatcher(pool, adaptive, queue, statistics)
+        self._supervisors: list[Supervisor] = []
+        self._specs: dict[int, BackendSpec] = {}  # as each engine's last start said
+        self._first: asyncio.Future[BackendSpec] = asyncio.get_running_loop().create_future()
+        self._prefixes: list[Submission] = []
+        self._draining = False
+
+    # What there is
+
+    @property
+    def spec(self) -> BackendSpec:
+        """What every engine can do: that of the engine with the fewest pages. Raises Unavailable
+        before the first one is ready.
+        """
+        if not self._specs:
+            raise Unavailable(REFUSALS["starting"])
+        return min(self._specs.values(), key=lambda spec: spec.pages)
+
+    @property
+    def state(self) -> PoolState:
+        """What a new request would meet. "down": no engine serves and none is coming back."""
+        if self._draining:
+            return "draining"
+        if self._dispatcher.engines:
+            return "ready"
+        return "down" if self._is_down else "starting"
+
+    @property
+    def _is_down(self) -> bool:
+        return {each.state for each in self._supervisors} == {"down"}
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no engine has yet."""
+        return self._dispatcher.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests given to engines and not ended."""
+        return self._dispatcher.running
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds in force. Setting them takes effect at once."""
+        return self._dispatcher.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._dispatcher.limits = limits
+
+    @property
+    def replicas(self) -> Sequence[ReplicaStatus]:
+        """Every replica, by index."""
+        return [self._status(each) for each in self._supervisors]
+
+    def _status(self, supervisor: Supervisor) -> ReplicaStatus:
+        serving = self._dispatcher.on(supervisor.index)
+        times = (supervisor.last_step, serving.busy_since if serving else None)
+        return ReplicaStatus(
+            supervisor.index,
+            self._device(supervisor),
+            supervisor.state,
+            len(serving.running) if serving else 0,
+            supervisor.restarts,
+            supervisor.replica.pid,
+            supervisor.load,
+            max((time for time in times if time is not None), default=None),
+        )
+
+    def _device(self, supervisor: Supervisor) -> str:
+        """As planned; where the engine chose by itself, as it said."""
+        planned, spec = supervisor.replica.plan.device, self._specs.get(supervisor.index)
+        return spec.device if spec is not None and planned == "auto" else planned
+
+    # Requests
+
+    def submit(self, requests: Sequence[LiveRequest]) -> list[str]:
+        """Accept the requests, all or none; their `notify` is called from now on.
+
+        Returns warnings for the client: what was asked for and is not given. Raises RequestRefused,
+        Overloaded or Unavailable.
+        """
+        self._refuse_unless_ready()
+        try:
+            for request in requests:
+                self.spec.check(request.submission)
+            return self._dispatcher.submit(requests)
+        except RequestRefused:
+            self.statistics.rejected("invalid")
+            raise
+        except Overloaded:
+            self.statistics.rejected("queue_full")
+            raise
+
+    def _refuse_unless_ready(self) -> None:
+        state = self.state
+        if state != "ready":
+            self.statistics.rejected(state)
+            raise Unavailable(REFUSALS[state])
+
+    def end(self, request: LiveRequest, finish: Finish) -> None:
+        """End a request from this side: a stop string was found, or nobody waits for it. One that
+        has ended is left as it is.
+        """
+        self._dispatcher.end(request, finish)
+
+    def abort(
+        self, *, request_id: str | None = None, owner: str | None = None, finish: Finish = ABORTED
+    ) -> int:
+        """End requests and tell who waits for them: those of one id, of one owner, or all of them.
+
+        Returns how many.
+        """
+        return self._dispatcher.abort(request_id=request_id, owner=owner, finish=finish)
+
+    # A `Watcher`
+
+    def engine_phase(self, index: int, name: str, seconds: float) -> None:
+        """A phase of an engine's start has ended."""
+        self.statistics.phase(index, name, seconds)
+
+    def engine_ready(self, index: int, spec: BackendSpec) -> None:
+        """An engine serves: it is given work."""
+        self._specs[index] = spec
+        self._dispatcher.engine_ready(index, spec, self._supervisors[index].replica.send)
+        self._warm_prefixes(index)
+        if not self._first.done():
+            self._first.set_result(spec)
+
+    def engine_step(self, index: int, step: Step) -> None:
+        """An engine brought news."""
+        self._dispatcher.step(index, step)
+
+    def engine_failed(self, index: int, error: StartFailed) -> None:
+        """An engine did not start. If it is the first we hear of any, the server cannot start."""
+        if not self._first.done():
+            self._first.set_exception(error)
+        else:
+            logger.error("engine %d did not start: %s", index, error)
+
+    def engine_lost(self, index: int, reason: str) -> None:
+        """An engine that served is gone."""
+        logger.error("engine %d is lost: %s", index, reason)
+        self.statistics.restarted(index)
+        self._dispatcher.engine_lost(index, reason)
+
+    def engine_down(self, index: int) -> None:
+        """An engine does not come back."""
+        logger.error("engine %d is down: it failed too often in a row", index)
+        if self._is_down:
+            self._dispatcher.end_waiting(REFUSALS["down"])
+
+    # The whole
+
+    async def start(self) -> None:
+        """Begin to start every engine. Raises StartFailed when the machine has not what was asked
+        for.
+        """
+        if self._settings.mode == "cache_aware" and not self._backend.cache.prefix:
+            raise StartFailed(
+                "SCHEDULER_MODE=cache_aware needs PREFIX_CACHE=1: without it no engine caches"
+            )
+        plans = await asyncio.to_thread(
+            plan_replicas, self._settings, self._backend.device, self._backend.impl
+        )
+        self._supervisors = [Supervisor(Replica(plan), self) for plan in plans]
+        for supervisor in self._supervisors:
+            supervisor.start()
+
+    async def ready(self) -> BackendSpec:
+        """Wait for the first engine. Raises StartFailed with one line."""
+        return await asyncio.shield(self._first)
+
+    async def warm(self, prompt: Sequence[int], max_new_tokens: int) -> int:
+        """Run a prompt on every replica that serves, for nobody.
+
+        Returns the tokens generated, or where none are asked for those of the prompt that are now
+        in the caches, all replicas together. Raises RequestRefused, Unavailable or BackendFailed.
+        """
+        self._refuse_unless_ready()
+        done = asyncio.Event()
+        submission = _nobodys(prompt, max_new_tokens)
+        self.spec.check(submission)
+        requests = [
+            self._give(index, submission, lambda _: done.set())
+            for index in self._dispatcher.engines
+        ]
+        while not all(request.finish for request in requests):
+            await done.wait()
+            done.clear()
+        for finish in (request.finish for request in requests):
+            if finish is not None and finish.reason != "length":
+                raise BackendFailed(finish.message or f"warming ended with {finish.reason}")
+        return sum(len(request.received) if max_new_tokens else len(prompt) for request in requests)
+
+    def keep_warm(self, prefixes: Sequence[Sequence[int]]) -> None:
+        """Compute prefixes on every engine that serves, and on those to come as soon as they do.
+
+        Raises RequestRefused.
+        """
+        self._prefixes = [_nobodys(prefix, 0) for prefix in prefixes]
+        for prefix in self._prefixes:
+            self.spec.check(prefix)
+        for index in self._dispatcher.engines:
+            self._warm_prefixes(index)
+
+    def _warm_prefixes(self, index: int) -> None:
+        for prefix in self._prefixes:
+            self._give(index, prefix, lambda _: None)
+
+    def _give(
+        self, index: int, submission: Submission, notify: Callable[[LiveRequest], None]
+    ) -> LiveRequest:
+        """Hand an engine a copy of a submission that is nobody's."""
+        copy = replace(submission, id=f"{submission.id}-{secrets.token_hex(8)}")
+        request = LiveRequest(copy, copy.id, "", notify)
+        self._dispatcher.give(index, request)
+        return request
+
+    async def flush(self) -> int:
+        """Give up every cached prefix that is not in use, on every replica. Returns the pages."""
+        serving = [self._supervisors[index].replica for index in self._dispatcher.engines]
+        return sum(await asyncio.gather(*(replica.flush() for replica in serving)))
+
+    def drain(self) -> None:
+        """Refuse new requests; those accepted go on."""
+        self._draining = True
+
+    def resume(self) -> None:
+        """Accept requests again."""
+        self._draining = False
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until no request is left; False when `timeout` seconds were not enough."""
+        try:
+            await asyncio.wait_for(self._dispatcher.idle(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End every engine. What still runs ends with finish "abort"."""
+        self.drain()
+        self._dispatcher.abort(finish=CLOSED)
+        await asyncio.gather(*(each.close() for each in self._supervisors))
+
+
+def _nobodys(prompt: Sequence[int], max_new_tokens: int) -> Submission:
+    """A submission that only warms."""
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    return Submission("warm", tuple(prompt), sampling, seed=0, arrival=time.monotonic())
