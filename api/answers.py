@@ -1,0 +1,216 @@
+"""The answers of one HTTP request, from tokens to text. Streamed or whole: the whole is the fold.
+
+Owned by the handler. The pool fills each answer's `LiveRequest`; here it becomes pieces of text as
+soon as the handler asks. Between two questions tokens gather and then leave together, so a late
+event loop makes larger frames, not a longer queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from backend.interface import (
+    NOTHING_MORE,
+    BackendFailed,
+    Finish,
+    SamplingParams,
+    Submission,
+    TokenLogprob,
+    Wants,
+    with_default_length,
+)
+from backend.tokenizer import Tokenizer
+from engine.live_request import LiveRequest
+from engine.multi_device import EnginePool
+from engine.text import TextStream
+
+ABANDONED = Finish("abort", message="the client has gone")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt, and what its `n` answers shall be. Answer i draws from `seed` + i."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: Sequence[str] = ()  # as `engine.text.stop_strings` returns it
+    seed: int | None = None  # None: drawn
+    n: int = 1
+    wants: Wants = NOTHING_MORE
+    skip_special_tokens: bool = True
+    keep_stop_token: bool = False  # the stop token's text is part of the answer
+    name: str | None = None  # what the client calls its answers; None: as the whole request
+
+
+@dataclass(slots=True)
+class Piece:
+    """News of one answer. The one with a finish is its last."""
+
+    text: str
+    token_ids: Sequence[int]
+    finish: Finish | None
+    logprobs: Sequence[TokenLogprob] = ()  # parallel to token_ids, if wanted
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # once, as soon as they are there, if wanted
+
+    @property
+    def error(self) -> BackendFailed | None:
+        """What ended the answer, if its engine failed."""
+        if self.finish is None or self.finish.reason != "error":
+            return None
+        return BackendFailed(self.finish.message or "the engine failed")
+
+
+@dataclass(slots=True)
+class Whole:
+    """A finished answer."""
+
+    answer: Answer
+    text: str
+    token_ids: list[int]
+    finish: Finish
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob]
+
+
+@dataclass(eq=False, slots=True)
+class Answer:
+    """One answer: its request in the pool, its text, and how much of it the handler has."""
+
+    index: int  # among the answers of its HTTP request: prompt by prompt, n by n
+    live: LiveRequest
+    stream: TextStream
+    scored: int = 0  # tokens of the prompt whose log-probabilities have been taken
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.live.submission.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.live.cached
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens up to the one that ended it: what comes after a stop string does not count."""
+        return self.stream.tokens
+
+    def take(self) -> Piece:
+        """What has come since the last time. Called until it brings a finish, no more."""
+        live, start, scored = self.live, self.stream.tokens, self.scored
+        text = self.stream.feed(live.received[start:], live.finish)
+        end, self.scored = self.stream.tokens, len(live.prompt_logprobs)
+        return Piece(
+            text.text,
+            live.received[start:end],
+            text.finish,
+            live.logprobs[start:end],
+            live.prompt_logprobs[scored:],
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Answers:
+    """All answers of one HTTP request. Opened by the constructor, ended by `close`."""
+
+    id: str  # the client's name for all of it
+    pool: EnginePool
+    warnings: list[str] = field(default_factory=list)
+    created: int = field(default_factory=lambda: int(time.time()))
+    all: list[Answer] = field(default_factory=list)
+    _going: dict[LiveRequest, Answer] = field(default_factory=dict)
+    _news: dict[LiveRequest, None] = field(default_factory=dict)  # in order of arrival
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def open(
+        self, asks: Sequence[Ask], tokenizer: Tokenizer, owner: str, default_length: int
+    ) -> None:
+        """Submit every answer, or none. Raises RequestRefused, Overloaded or Unavailable."""
+        for number, ask in enumerate(asks):
+            for live in self._requests(number, ask, owner, default_length):
+                stream = TextStream(
+                    tokenizer,
+                    ask.stop,
+                    skip_special_tokens=ask.skip_special_tokens,
+                    keep_stop_token=ask.keep_stop_token,
+                )
+                self.all.append(Answer(len(self.all), live, stream))
+        self.warnings += self.pool.submit([answer.live for answer in self.all])
+        self._going = {answer.live: answer for answer in self.all}
+
+    def _requests(self, number: int, ask: Ask, owner: str, length: int) -> list[LiveRequest]:
+        name = ask.name or f"{self.id}-{number}"
+        first = Submission(
+            id=name,
+            prompt=tuple(ask.prompt),
+            sampling=ask.sampling,
+            seed=secrets.randbits(62) if ask.seed is None else ask.seed,
+            wants=ask.wants,
+            group=name if ask.n > 1 else None,
+            arrival=time.monotonic(),
+        )
+        first = with_default_length(first, self.pool.spec, length)
+        return [
+            LiveRequest(
+                replace(first, id=f"{name}-{index}", seed=first.seed + index),
+                request_id=ask.name or self.id,
+                owner=owner,
+                notify=self._notify,
+            )
+            for index in range(ask.n)
+        ]
+
+    def _notify(self, live: LiveRequest) -> None:
+        self._news[live] = None
+        self._wake.set()
+
+    async def pieces(self) -> list[tuple[Answer, Piece]]:
+        """The next pieces, in order of arrival. Empty when every answer has ended."""
+        while self._going:
+            await self._wake.wait()
+            self._wake.clear()
+            news, self._news = self._news, {}
+            pieces = [
+                (self._going[live], self._going[live].take())
+                for live in news
+                if live in self._going
+            ]
+            for answer, piece in pieces:
+                if piece.finish is not None:
+                    del self._going[answer.live]
+                    self.pool.end(answer.live, piece.finish)  # a stop string is known here alone
+            if pieces:
+                return pieces
+        return []
+
+    async def whole(self) -> list[Whole]:
+        """Every answer, in order of index. Raises BackendFailed when an engine failed one."""
+        parts: dict[int, list[Piece]] = {answer.index: [] for answer in self.all}
+        while pieces := await self.pieces():
+            for answer, piece in pieces:
+                parts[answer.index].append(piece)
+                if piece.error is not None:
+                    raise piece.error
+        return [_fold(answer, parts[answer.index]) for answer in self.all]
+
+    def close(self) -> None:
+        """End what still goes on: nobody waits for it."""
+        for live in self._going:
+            self.pool.end(live, ABANDONED)
+        self._going.clear()
+
+
+def _fold(answer: Answer, pieces: Sequence[Piece]) -> Whole:
+    finish = pieces[-1].finish
+    assert finish is not None
+    return Whole(
+        answer,
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.token_ids],
+        finish,
+        [each for piece in pieces for each in piece.logprobs],
+        [each for piece in pieces for each in piece.prompt_logprobs],
+    )

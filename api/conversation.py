@@ -1,0 +1,89 @@
+"""Conversations as OpenAI's clients write them, and the prompt that the model's template makes.
+
+A content of several text parts is their concatenation: templates are handed plain text. The role
+`developer` is OpenAI's newer name for `system`, which is the one that templates know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.bodies import unknown_in
+from api.errors import refused
+
+# Known to clients, not served here: as in `api/openai_fields.py`.
+UNSERVED: Mapping[str, Any] = {
+    "tool_calls": [],
+    "function_call": None,
+    "refusal": None,
+    "audio": None,
+    "annotations": [],
+}
+# Variables of a template that the request sets by fields of its own; `self` is the template.
+RESERVED = ("messages", "tools", "add_generation_prompt", "self")
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="parts are concatenated"
+    )
+    name: str | None = Field(None, description="for templates that show it, as are the next three")
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Plain values, the content one text."""
+        parts = self.content if isinstance(self.content, list) else None
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content if parts is None else "".join(part.text for part in parts),
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+            "reasoning": self.reasoning,
+        }
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
+def unknown_in_messages(messages: Sequence[ChatMessage]) -> dict[str, Any]:
+    """Fields that nothing here knows, by dotted name.
+
+    Raises ApiError 400 for one that is not served, and for a message without a content.
+    """
+    found: dict[str, Any] = {}
+    for number, message in enumerate(messages):
+        path = f"messages.{number}."
+        found |= unknown_in(message, UNSERVED, path)
+        if message.content is None:
+            raise refused(f"{path}content must be a text or text parts", f"{path}content")
+        for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            found |= unknown_in(part, {}, f"{path}content.{place}.")
+    return found
+
+
+def check_template_kwargs(given: Mapping[str, Any] | None) -> None:
+    """Raise ApiError 400 for a variable that is not for clients to set."""
+    for name in RESERVED:
+        if name in (given or ()):
+            field = f"chat_template_kwargs.{name}"
+            raise refused(f"{field} is not for clients to set: leave it out", field)

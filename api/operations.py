@@ -1,0 +1,126 @@
+"""The operator's routes: probes, numbers, facts, and the control verbs over HTTP.
+
+They answer from the first moment on; what needs a model is a 503 until there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import Response
+
+from api import health, reports
+from api.auth import require_admin
+from api.bodies import parse, read_body, unknown_fields
+from api.control import Control
+from api.errors import refused
+from api.metrics import render
+from api.service import owner_of, service_of
+from backend.interface import Unavailable
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health")
+async def live(request: Request) -> dict[str, Any]:
+    """200 as long as the process lives, whatever its engines do."""
+    return {"status": service_of(request).pool.state}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, Any]:
+    """200 when requests are served; 503 with the reason while starting, draining or down."""
+    return _passed(request, health.why_not_ready(service_of(request)))
+
+
+@router.get("/health/progress")
+async def progress(request: Request) -> dict[str, Any]:
+    """503 with the reason when work is stuck and a restart would help."""
+    return _passed(request, health.why_stuck(service_of(request).pool, time.monotonic()))
+
+
+@router.get("/health_generate")
+async def generates(request: Request) -> dict[str, Any]:
+    """200 when a token was really generated just now, else 503."""
+    await health.generate_one_token(service_of(request))
+    return _passed(request, None)
+
+
+def _passed(request: Request, reason: str | None) -> dict[str, Any]:
+    if reason is not None:
+        raise Unavailable(reason)
+    return {"status": service_of(request).pool.state}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    body, content_type = render(request.app.state.registry, request.headers.get("accept"))
+    return Response(body, headers={"Content-Type": content_type})
+
+
+@router.get("/stats")
+async def stats(request: Request) -> dict[str, Any]:
+    """Scheduler mode, engines, queue, pages, cache hits and rolling averages."""
+    return reports.stats(service_of(request))
+
+
+@router.get("/model_info")
+@router.get("/get_model_info")
+async def model_info(request: Request) -> dict[str, Any]:
+    """The model, its names, and the limits of the engines."""
+    return reports.model_info(service_of(request))
+
+
+@router.get("/server_info")
+@router.get("/get_server_info")
+async def server_info(request: Request) -> dict[str, Any]:
+    """Versions, settings without secrets, engines, uptime."""
+    return reports.server_info(service_of(request))
+
+
+@router.get("/flush_cache")
+@router.post("/flush_cache")
+async def flush_cache(request: Request) -> dict[str, Any]:
+    """Give up every cached prefix that is not in use, on every engine."""
+    return await Control(service_of(request)).call({"cmd": "flush"})
+
+
+class AbortRequest(BaseModel):
+    """SGLang's body of `/abort_request`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rid: str | None = None
+    abort_all: bool = False
+
+
+@router.post("/abort_request")
+async def abort_request(request: Request) -> dict[str, Any]:
+    """End requests of the caller's own key with finish "abort": one by its id, or all."""
+    service = service_of(request)
+    body = parse(await read_body(request), AbortRequest)
+    warnings = unknown_fields(body.model_extra, service.strict_fields)
+    if body.abort_all == bool(body.rid):
+        raise refused("either rid or abort_all is wanted", "rid")
+    aborted = service.pool.abort(request_id=body.rid or None, owner=owner_of(request))
+    return {"ok": True, "aborted": aborted} | ({"warnings": warnings} if warnings else {})
+
+
+class Command(BaseModel):
+    """A verb of the control plane and its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    cmd: Any = None
+
+
+@router.post("/control")
+async def control(request: Request) -> dict[str, Any]:
+    """Run a verb of the control plane. For the operator."""
+    require_admin(request)
+    command = parse(await read_body(request), Command)
+    return await Control(service_of(request)).call(dict(command))

@@ -1,0 +1,115 @@
+"""What operators read about the server: one object for each question, plain values, ready for JSON.
+
+Each can be asked for at any time; only `model_info` needs a model.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from api.service import Service
+from backend.interface import Load
+from engine.multi_device import EnginePool, ReplicaStatus
+from engine.process_age import process_age
+
+PACKAGES = (
+    "mini-sglang",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "fastapi",
+    "uvicorn",
+    "pyzmq",
+    "msgspec",
+)
+PAGES = ("total", "free", "cached", "leased")
+
+
+def metrics(service: Service) -> dict[str, object]:
+    """Totals and rolling averages, and how much there is to do now."""
+    pool = service.pool
+    return {**pool.statistics.snapshot(), "running": pool.running, "waiting": pool.waiting}
+
+
+def stats(service: Service) -> dict[str, Any]:
+    """How busy the server is, replica by replica."""
+    pool, seen = service.pool, service.pool.statistics
+    loads = [replica.load for replica in pool.replicas if replica.load is not None]
+    return {
+        "scheduler_mode": service.settings.pool.mode,
+        "state": pool.state,
+        "running": pool.running,
+        "waiting": pool.waiting,
+        "limits": asdict(pool.limits),
+        "replicas": replicas(pool),
+        "pages": {name: sum(getattr(load, f"pages_{name}") for load in loads) for name in PAGES},
+        "cache": {
+            "prompt_tokens": seen.prompt_tokens,
+            "cached_tokens": seen.cached_tokens,
+            "hit_rate": seen.cached_tokens / seen.prompt_tokens if seen.prompt_tokens else None,
+        },
+        "averages": seen.averages(),
+    }
+
+
+def replicas(pool: EnginePool) -> list[dict[str, Any]]:
+    """Each engine: its state, and its load by its last step."""
+    now = time.monotonic()
+    return [_replica(replica, now) for replica in pool.replicas]
+
+
+def _replica(replica: ReplicaStatus, now: float) -> dict[str, Any]:
+    load: Load | None = replica.load
+    return {
+        "index": replica.index,
+        "device": replica.device,
+        "state": replica.state,
+        "pid": replica.pid,
+        "restarts": replica.restarts,
+        "inflight": replica.inflight,
+        "silent_s": None if replica.last_news is None else round(now - replica.last_news, 3),
+        "load": None if load is None else asdict(load),
+    }
+
+
+def model_info(service: Service) -> dict[str, Any]:
+    """The model and the engines' limits: SGLang's names, then ours. Raises Unavailable."""
+    model = service.model
+    facts = asdict(model.spec)
+    folder = facts.pop("folder")
+    return {
+        "model_path": folder or model.spec.model,
+        "tokenizer_path": folder or model.spec.model,
+        "is_generation": True,
+        "preferred_sampling_params": asdict(model.defaults),
+        "served_names": list(model.names),
+        "has_chat_template": model.tokenizer.has_chat_template,
+        "backend": facts.pop("name"),
+        **facts,
+    }
+
+
+def server_info(service: Service) -> dict[str, Any]:
+    """This process: versions, every flag's value (keys as asterisks), the engines."""
+    return {
+        "state": service.pool.state,
+        "uptime_s": round(process_age(), 1),
+        "versions": _versions(),
+        "settings": service.settings.model_dump(mode="json", by_alias=True),
+        "limits": asdict(service.pool.limits),
+        "replicas": replicas(service.pool),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

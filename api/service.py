@@ -1,0 +1,171 @@
+"""What every handler works with: the pool, the tokenizer, the model's name and defaults.
+
+One for each server; handlers find it by `service_of(request)`. It serves from the moment that the
+first engine is ready; before that, and while it drains, whatever needs a model raises Unavailable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from fastapi import Request
+
+from api.answers import Answers, Ask
+from api.errors import model_not_found
+from api.sampling_fields import SamplingDefaults
+from backend.interface import BackendSpec, RequestRefused, TooLong, Unavailable
+from backend.tokenizer import Tokenizer, open_tokenizer
+from config import Settings
+from engine.multi_device import EnginePool
+
+SLICE = 1 << 20  # characters that are tokenized at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is known of the model once an engine has told its spec."""
+
+    spec: BackendSpec
+    tokenizer: Tokenizer
+    defaults: SamplingDefaults
+    names: tuple[str, ...]  # that a request may call it by; the first is shown
+    created: int = field(default_factory=lambda: int(time.time()))  # when it was ready; unix time
+
+    @staticmethod
+    def open(spec: BackendSpec, alias: str | None) -> Model:
+        """Read the model's tokenizer and generation_config.json. Raises StartFailed."""
+        folder = PurePath(spec.folder).name if spec.folder else None
+        names = dict.fromkeys(name for name in (alias, spec.model, folder) if name)
+        return Model(
+            spec,
+            open_tokenizer(spec.folder, spec.vocabulary),
+            SamplingDefaults.of(spec.folder),
+            tuple(names),
+        )
+
+
+class Service:
+    """Requests in, answers out, for handlers of any API."""
+
+    def __init__(self, settings: Settings, pool: EnginePool) -> None:
+        self.settings = settings
+        self.pool = pool
+        self._model: Model | None = None
+
+    @property
+    def strict_fields(self) -> bool:
+        """Whether a field that nothing here knows is refused on every route."""
+        return self.settings.server.strict_fields
+
+    @property
+    def model(self) -> Model:
+        """Raises Unavailable until it is there."""
+        if self._model is None:
+            raise Unavailable("the engines are starting: try again in a moment")
+        return self._model
+
+    async def wait_for_model(self) -> None:
+        """Return when the first engine is ready and its tokenizer is loaded. Raises StartFailed."""
+        spec = await self.pool.ready()
+        alias = self.settings.server.alias
+        self._model = await asyncio.to_thread(Model.open, spec, alias)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for a model that is not this one."""
+        if name is not None and name not in self.model.names:
+            raise model_not_found(name)
+
+    async def encode(self, texts: Sequence[str], param: str) -> list[list[int]]:
+        """Token ids of prompts, special tokens added. Raises RequestRefused naming `param`."""
+        for text in texts:
+            self._check_size(text, param)
+        ids: list[list[int]] = []
+        for some in _slices(texts):
+            ids += await asyncio.to_thread(self._encode, some, True, param)
+        return ids
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, by the model's own template. Raises RequestRefused."""
+        tokenizer = self.model.tokenizer
+
+        def render() -> list[int]:
+            text = tokenizer.render(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **(template_kwargs or {}),
+            )
+            self._check_size(text, "messages")
+            return self._encode([text], False, "messages")[0]
+
+        return await asyncio.to_thread(render)
+
+    def _encode(self, texts: Sequence[str], special: bool, param: str) -> list[list[int]]:
+        try:
+            return self.model.tokenizer.encode_batch(texts, special)
+        except RequestRefused as error:
+            raise RequestRefused(f"{param}: {error}", param) from None
+
+    def _check_size(self, text: str, param: str) -> None:
+        """Refuse what cannot fit before it is tokenized: no token is longer than the longest."""
+        spec, longest = self.model.spec, self.model.tokenizer.longest
+        if longest and len(text) > spec.max_model_len * longest:
+            raise TooLong(
+                f"{param} of {len(text):,} characters exceeds the context of "
+                f"{spec.max_model_len:,} tokens: shorten it",
+                param,
+            )
+
+    def open(
+        self, id: str, asks: Sequence[Ask], owner: str, warnings: Sequence[str] = ()
+    ) -> Answers:
+        """Start the answers of one request, all or none.
+
+        Raises RequestRefused, Overloaded or Unavailable. Who opens closes.
+        """
+        model = self.model
+        answers = Answers(id, self.pool, list(warnings))
+        answers.open(asks, model.tokenizer, owner, self.settings.generation.max_new_tokens)
+        return answers
+
+
+def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`texts` in runs of about SLICE characters: the tokenizer takes a hundred bytes for each."""
+    start = size = 0
+    for index, text in enumerate(texts):
+        size += len(text)
+        if size > SLICE:
+            yield texts[start : index + 1]
+            start, size = index + 1, 0
+    if start < len(texts):
+        yield texts[start:]
+
+
+def new_id(prefix: str) -> str:
+    """A name that no other request has."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def service_of(request: Request) -> Service:
+    """The server's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+def owner_of(request: Request) -> str:
+    """Who asks: the fingerprint of the API key, "" where none is wanted."""
+    owner: str = request.scope.get("state", {}).get("owner", "")
+    return owner

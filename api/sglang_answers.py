@@ -1,0 +1,128 @@
+"""Answers in SGLang's words: `{text, output_ids, meta_info}`, at any time with all there is so far.
+
+Made for one request by its handler; streamed and whole answers are the same object.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from api.answers import Answer, Ask, Piece, Whole
+from api.errors import ApiError
+from api.events import DONE, EVENT_STREAM, event
+from backend.interface import Finish, TokenLogprob
+from backend.tokenizer import Tokenizer
+
+# What `finish_reason` has beside its type, of an answer that took so many tokens.
+FINISHES: Mapping[str, Callable[[Finish, int], dict[str, Any]]] = {
+    "stop": lambda finish, tokens: {"matched": finish.matched},
+    "length": lambda finish, tokens: {"length": tokens},
+    "abort": lambda finish, tokens: {"message": finish.message or "aborted"},
+}
+
+
+@dataclass(slots=True)
+class Record:
+    """One answer, as far as it has come."""
+
+    name: str
+    answer: Answer
+    ask: Ask
+    tokenizer: Tokenizer
+    with_texts: bool  # of tokens, beside their log-probabilities
+    warnings: Sequence[str]
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: dict[str, list[Any]] = field(default_factory=dict)  # by their names in meta_info
+
+    def __post_init__(self) -> None:
+        wants = self.ask.wants
+        if wants.logprobs:
+            self.logprobs = {"input_token_logprobs": [], "output_token_logprobs": []}
+        if wants.top:
+            self.logprobs |= {"input_top_logprobs": [], "output_top_logprobs": []}
+        if wants.prompt_logprobs_from is not None:  # the first one follows nothing
+            first = self.ask.prompt[wants.prompt_logprobs_from]
+            self.logprobs["input_token_logprobs"].append(self._entry(first, None))
+            if wants.top:
+                self.logprobs["input_top_logprobs"].append(None)
+
+    def add(self, news: Piece | Whole) -> None:
+        """Take in a piece, or the whole at once."""
+        self.text += news.text
+        self.ids += news.token_ids
+        finish = news.finish
+        if finish is not None and self.ask.keep_stop_token and isinstance(finish.matched, str):
+            self.text += finish.matched
+        self._add_logprobs("input", news.prompt_logprobs)
+        self._add_logprobs("output", news.logprobs)
+
+    def _add_logprobs(self, side: str, logprobs: Sequence[TokenLogprob]) -> None:
+        for each in logprobs:
+            entry = self._entry(each.token, each.logprob)
+            self.logprobs[f"{side}_token_logprobs"].append(entry)
+            if self.ask.wants.top:
+                top = [self._entry(*pair) for pair in each.top]
+                self.logprobs[f"{side}_top_logprobs"].append(top)
+
+    def _entry(self, token: int, logprob: float | None) -> tuple[float | None, int, str | None]:
+        text = self.tokenizer.table[token].decode(errors="replace") if self.with_texts else None
+        return logprob, token, text
+
+    def content(self, finish: Finish | None) -> dict[str, Any]:
+        """The object that tells of it; `finish` None: it goes on."""
+        answer = self.answer
+        return {
+            "text": self.text,
+            "output_ids": self.ids,
+            "meta_info": {
+                "id": self.name,
+                "finish_reason": None if finish is None else self._reason(finish),
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "cached_tokens": answer.cached_tokens,
+                **self.logprobs,
+                **({} if finish is None else self._last_words()),
+            },
+        }
+
+    def _reason(self, finish: Finish) -> dict[str, Any]:
+        more = FINISHES[finish.reason](finish, self.answer.completion_tokens)
+        return {"type": finish.reason, **more}
+
+    def _last_words(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.answer.live.submission.arrival
+        return {"e2e_latency": seconds, **({"warnings": self.warnings} if self.warnings else {})}
+
+
+class SglangFrames:
+    """An event for each piece."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(self, records: Sequence[Record], many: bool) -> None:
+        self._records = records
+        self._many = many
+
+    def frame(self, answer: Answer, piece: Piece) -> bytes:
+        """No event for a piece that brings nothing."""
+        if not piece.token_ids and piece.finish is None:
+            return b""
+        record = self._records[answer.index]
+        record.add(piece)
+        return self._event(answer, record.content(piece.finish))
+
+    def failure(self, answer: Answer, error: ApiError) -> bytes:
+        """The last event of an answer whose engine failed."""
+        return self._event(answer, error.body())
+
+    def end(self) -> bytes:
+        return DONE
+
+    def _event(self, answer: Answer, content: dict[str, Any]) -> bytes:
+        if self._many:
+            content = {**content, "index": answer.index}
+        return event(content)
