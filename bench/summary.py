@@ -44,11 +44,14 @@ class Record:
     cached_tokens: int = 0
     arrivals: list[tuple[float, int]] = field(default_factory=list)  # (when, how many tokens)
     ended: float | None = None
-    failure: str | None = None
+    failure: str | None = None  # a cause, and after a colon what is known of it
+    counted_tokens: int | None = None  # of the answer, as its server counts; an arrival is a frame
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that arrived."""
+        """Tokens of the answer: as its server counts them, else those that arrived."""
+        if self.counted_tokens is not None:
+            return self.counted_tokens
         return sum(count for _, count in self.arrivals)
 
     @property
@@ -70,6 +73,12 @@ class Record:
             for (before, _), (when, count) in zip(self.arrivals, self.arrivals[1:], strict=False)
             for _ in range(count)
         ]
+
+    def mean_gap(self) -> float | None:
+        """Seconds a token after the first took on average; None where there is no such token."""
+        if not self.arrivals or self.output_tokens < 2:
+            return None
+        return (self.arrivals[-1][0] - self.arrivals[0][0]) / (self.output_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,33 @@ def summarise(records: Sequence[Record], duration_s: float) -> Summary:
             record.ended - record.submitted for record in good if record.ended is not None
         ),
     )
+
+
+def failures_by_cause(records: Iterable[Record]) -> dict[str, list[str]]:
+    """Every failure, under its cause; the most frequent cause first."""
+    causes: dict[str, list[str]] = {}
+    for record in records:
+        if record.failed:
+            failure = record.failure or "no end: nothing was heard of it"
+            causes.setdefault(failure.partition(":")[0], []).append(failure)
+    return dict(sorted(causes.items(), key=lambda each: -len(each[1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a request must keep to count as good."""
+
+    ttft_ms: float | None = None  # the longest time to the first token
+    itl_ms: float | None = None  # the longest time between tokens, on the request's average
+
+    def met(self, record: Record) -> bool:
+        """Whether `record` kept it. A failed request never does."""
+        if record.failed:
+            return False
+        first, gap = record.first_token(), record.mean_gap()
+        if self.ttft_ms is not None and (first is None or 1000 * first > self.ttft_ms):
+            return False
+        return self.itl_ms is None or gap is None or 1000 * gap <= self.itl_ms
 
 
 def median_index(values: Sequence[float]) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from backend.interface import RequestRefused
 
+LARGE_VOCABULARY = 1 << 30  # folds nothing: no vocabulary is larger
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
