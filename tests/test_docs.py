@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ["README.md", "docs/architecture.md", "docs/benchmarks.md", "docs/configuration.md"]
+PAGES = [
+    "README.md",
+    "docs/api.md",
+    "docs/architecture.md",
+    "docs/benchmarks.md",
+    "docs/configuration.md",
+    "docs/operations.md",
+]
 BUILT = ("models/", ".venv")  # made by make, not by us
 
 

@@ -26,6 +26,13 @@ WITHOUT_TORCH = (
     "engine.engine",
     "engine.opening",
     "engine.llm",
+    "engine.multi_device",
+    "engine.worker",
+    "ipc.messages",
+    "ipc.zmq_data",
+    "ipc.zmq_control",
+    "api.server",
+    "server_bench",
 )
 BACKENDS = ("backend.fake", "backend.hf", "backend.sglang", "backend.mlx")
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
