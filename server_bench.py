@@ -39,7 +39,7 @@ from bench.asks import (
 )
 from bench.card import finish, show
 from bench.curve import draw_curve
-from bench.http_connection import Address
+from bench.http_connection import Address, key_of
 from bench.http_load import Asker, ClosedLoop, Load, LoadRun, OpenLoop
 from bench.load_report import SWEEP_HEADER, Result, fold
 from bench.progress import progress_bar
@@ -48,7 +48,7 @@ from bench.server_facts import ServerFacts, ask_facts, flush
 from bench.server_process import own_server
 from bench.summary import Objective
 from bench.workloads import WORKLOADS
-from config import ServerSettings, read_settings
+from config import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +179,6 @@ def server_of(options: argparse.Namespace) -> AbstractContextManager[str]:
     return nullcontext(options.base_url.rstrip("/")) if options.base_url else own_server()
 
 
-def key_of(options: argparse.Namespace, server: ServerSettings) -> str | None:
-    """What the server is asked with."""
-    given: str | None = options.api_key
-    if given is None and server.api_key is not None:
-        return server.api_key.get_secret_value().split(",")[0].strip()
-    return given
-
-
 def measure(
     asker: Asker, source: Source, loads: Sequence[Load], repeat: int, vocabulary: int
 ) -> list[list[LoadRun]]:
@@ -242,7 +234,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = source_of(options)
     loads = loads_of(options, source.count)
-    endpoint, key = ENDPOINTS[options.endpoint], key_of(options, settings.server)
+    endpoint, key = ENDPOINTS[options.endpoint], key_of(options.api_key, settings.server)
     with server_of(options) as url:
         address = Address(url, key)
         facts = ask_facts(address)

@@ -16,8 +16,16 @@ from urllib.parse import SplitResult, urlsplit
 import httptools
 
 from backend.interface import RequestRefused
+from config import ServerSettings
 
 PORTS = {"http": 80, "https": 443}
+
+
+def key_of(given: str | None, server: ServerSettings) -> str | None:
+    """What a server is asked with: the key that was given, else the first one of API_KEY."""
+    if given is None and server.api_key is not None:
+        return server.api_key.get_secret_value().split(",")[0].strip()
+    return given
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_1(
     [
         (smoke_test.main, "--fast", "unrecognized arguments: --fast"),
         (cli_demo.main, "--temperature hot", "invalid float value"),
+        (cli_demo.main, "--api-key secret", "--api-key goes with --base-url"),
         (local_bench.main, "--repeat 0", "invalid count value: '0'"),
         (local_bench.main, "--workload mix prompt", "not allowed with"),
         (local_bench.main, "--workload mix --max-new-tokens 8", "its own lengths"),
