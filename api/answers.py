@@ -142,7 +142,7 @@ class Answers:
         self._going = {answer.live: answer for answer in self.all}
 
     def _requests(self, number: int, ask: Ask, owner: str, length: int) -> list[LiveRequest]:
-        name = ask.name or f"{self.id}-{number}"
+        name = f"{secrets.token_hex(8)}-{number}"
         first = Submission(
             id=name,
             prompt=tuple(ask.prompt),

@@ -8,16 +8,34 @@ from contextlib import contextmanager
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, from_json
+from starlette.requests import ClientDisconnect
 
-from api.errors import ApiError, refused
+from api.errors import ApiError, ClientGone, refused
 from backend.interface import RequestRefused
 
-MAX_BODY = 32 << 20  # bytes: a prompt of a million tokens as ids is about 8 MB
+MAX_BODY = 16 << 20  # bytes: a prompt of a million tokens as ids is about 8 MB
 MAX_PROMPTS = 2048  # of one request
+MAX_FIELDS = 256  # of one object
 
 Body = TypeVar("Body", bound=BaseModel)
+
+
+def bounded(value: Any) -> Any:
+    """Refuse an object of very many fields before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"an object of {len(value):,} fields, {MAX_FIELDS} are allowed")
+    return value
+
+
+class Form(BaseModel):
+    """A request body, or an object in one."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    _bounded = model_validator(mode="before")(bounded)
+
 
 # One wrong id is enough: to collect a million faults would hold up everybody else.
 TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
@@ -25,12 +43,15 @@ Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True, min_length=1, max_
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError 413 beyond MAX_BODY."""
+    """The whole body. Raises ApiError 413 beyond MAX_BODY, or ClientGone."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise ApiError(413, f"the body exceeds {MAX_BODY >> 20} MiB", code="body_too_large")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise ApiError(413, f"the body exceeds {MAX_BODY >> 20} MiB", code="body_too_large")
+    except ClientDisconnect:
+        raise ClientGone from None
     return bytes(body)
 
 

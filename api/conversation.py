@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from api.bodies import unknown_in
+from api.bodies import Form, unknown_in
 from api.errors import refused
 
 # Known to clients, not served here: as in `api/openai_fields.py`.
@@ -26,19 +26,15 @@ UNSERVED: Mapping[str, Any] = {
 RESERVED = ("messages", "tools", "add_generation_prompt", "self")
 
 
-class TextPart(BaseModel):
+class TextPart(Form):
     """A part of a message's content."""
-
-    model_config = ConfigDict(extra="allow")
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Form):
     """One turn."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
@@ -62,7 +58,11 @@ class ChatMessage(BaseModel):
         }
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+MAX_MESSAGES = 16_384  # of one conversation
+
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
 
 
 def unknown_in_messages(messages: Sequence[ChatMessage]) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,17 +89,22 @@ class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Give every error of `app` the one shape, whoever raises it."""
+def answer_errors(app: FastAPI, rejected: Callable[[str], object] = lambda reason: None) -> None:
+    """Give every error of `app` the one shape, whoever raises it. `rejected` hears why a request
+    was not taken.
+    """
+
+    async def answer(_: Request, error: Exception) -> Response:
+        found = api_error(error)
+        if found.status < 500 or isinstance(error, Unavailable):
+            rejected(found.code or "invalid")
+        return found.response()
+
     for kind in (ApiError, EngineError, Exception):
-        app.add_exception_handler(kind, _answer)
+        app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(ClientGone, _answer_nobody)
-
-
-async def _answer(_: Request, error: Exception) -> Response:
-    return api_error(error).response()
 
 
 async def _answer_http(_: Request, error: Exception) -> Response:

@@ -47,7 +47,9 @@ def why_stuck(pool: EnginePool, now: float) -> str | None:
                     f"{silent:.0f} s"
                 )
     if pool.waiting and not ready_replicas(pool):
-        return f"{pool.waiting} requests wait and no engine is ready"
+        last = max((each.last_news for each in pool.replicas if each.last_news), default=now)
+        if now - last > PROGRESS_LIMIT_S:
+            return f"{pool.waiting} requests wait, for {now - last:.0f} s no engine was ready"
     return None
 
 

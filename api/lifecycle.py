@@ -7,6 +7,7 @@ The front answers at once and the engines follow: until the first is ready whate
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -68,12 +69,16 @@ class Lifecycle:
             texts = (self._settings.server.warm_prefixes or "").split("||")
             prefixes = await self.service.encode([text for text in texts if text], "WARM_PREFIXES")
             self.pool.keep_warm(prefixes)
-        except EngineError as error:
-            logger.critical("the server cannot start: %s", error)
+        except Exception as error:  # whatever it is, a server that cannot serve ends
+            expected = isinstance(error, EngineError)  # else it is a defect: the trace is wanted
+            cause = str(error) if expected else f"{type(error).__name__}: {error}"
+            logger.critical("the server cannot start: %s", cause, exc_info=not expected)
             await self.stop()
             # from the loop itself: nobody waits for this task, who would pass its exit code on
             asyncio.get_running_loop().call_soon(sys.exit, 1)
             return
+        gc.collect()
+        gc.freeze()  # what a start leaves lives as long as we do: no collection stops us for it
         logger.info("%s is served", self.service.model.names[0])
 
     def _begin_to_stop(self) -> None:

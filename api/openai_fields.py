@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from api.answers import Ask
-from api.bodies import parse, read_body, unknown_fields, unknown_in
+from api.bodies import Form, parse, read_body, unknown_fields, unknown_in
 from api.errors import refused
 from api.sampling_fields import SamplingDefaults, SamplingFields, check_answers
 from api.service import service_of
@@ -63,10 +63,8 @@ STREAM_OPTIONS_UNSERVED: Mapping[str, Any] = {
 }
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Form):
     """What a stream carries besides its text."""
-
-    model_config = ConfigDict(extra="allow")
 
     include_usage: bool | None = Field(None, description="token counts in a last chunk")
 
@@ -149,10 +147,10 @@ class OpenAIFields(SamplingFields):
         ]
 
 
-Form = TypeVar("Form", bound=OpenAIFields)
+Fields = TypeVar("Fields", bound=OpenAIFields)
 
 
-async def accept(request: Request, form: type[Form]) -> tuple[Form, list[str]]:
+async def accept(request: Request, form: type[Fields]) -> tuple[Fields, list[str]]:
     """The body of a request, and what the client is to be told of it.
 
     Raises ApiError, or Unavailable while there is no model.

@@ -13,6 +13,7 @@ from typing import Any
 
 from api.service import Service
 from backend.interface import Load
+from config import Settings
 from engine.multi_device import EnginePool, ReplicaStatus
 from engine.process_age import process_age
 
@@ -26,6 +27,7 @@ PACKAGES = (
     "pyzmq",
     "msgspec",
 )
+MASK = "**********"  # as pydantic shows a secret
 PAGES = ("total", "free", "cached", "leased")
 
 
@@ -99,7 +101,7 @@ def server_info(service: Service) -> dict[str, Any]:
         "state": service.pool.state,
         "uptime_s": round(process_age(), 1),
         "versions": _versions(),
-        "settings": service.settings.model_dump(mode="json", by_alias=True),
+        "settings": _settings(service.settings),
         "limits": asdict(service.pool.limits),
         "replicas": replicas(service.pool),
     }
@@ -112,4 +114,12 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """Every flag in force; keys are masked, and so are prefixes: they hold system prompts."""
+    found: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
+    server = found["server"]
+    server["WARM_PREFIXES"] = server["WARM_PREFIXES"] and MASK
     return found

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from api.bodies import Form, TokenIds, bounded
 from api.errors import refused
 from backend.interface import ModelBroken, RequestRefused, SamplingParams
 from backend.tokenizer import Tokenizer
 from engine.text import stop_strings
 
 MAX_ANSWERS = 128  # `n` of one prompt
-MAX_ANSWERS_IN_ALL = 4096  # of one request
+MAX_ANSWERS_IN_ALL = 1024  # of one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,8 @@ class SamplingDefaults:
 GREEDY = SamplingDefaults(temperature=0.0)  # what our own form promises
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Form):
     """The fields that mean the same in every form. None: the form's default."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     temperature: float | None = None
     top_p: float | None = None
@@ -68,11 +67,13 @@ class SamplingFields(BaseModel):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="token id -> added to its logit")
-    stop_token_ids: list[int] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(bounded)] | None = Field(
+        None, description="token id -> added to its logit"
+    )
+    stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     skip_special_tokens: bool | None = None
 
     def params(

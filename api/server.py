@@ -38,7 +38,7 @@ def build_api(settings: Settings, life: Lifecycle) -> ASGIApp:
     api.state.registry = open_registry(life.pool)
     for router in ROUTERS:
         api.include_router(router)
-    answer_errors(api)
+    answer_errors(api, life.statistics.rejected)
     api.state.keys = Keys.of(settings.server)
     api.add_middleware(ApiKeyMiddleware, keys=api.state.keys)
     return Turnstile(api)
@@ -79,7 +79,7 @@ class Server:
         try:
             await receive()
         except asyncio.CancelledError:
-            return  # the loop ends under us, and everything has been stopped
+            return  # the loop ends under us, and engines end with this process
         await life.stop()
         await send(_message("lifespan.shutdown.complete"))
 

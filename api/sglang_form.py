@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from api.answers import Answers, Ask
 from api.bodies import (
     MAX_PROMPTS,
+    Form,
     Texts,
     TokenIds,
     in_words_of_the_client,
@@ -92,6 +93,9 @@ NONE_OF_THE_PROMPT = -1
 
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 
+Value = TypeVar("Value")
+Each: TypeAlias = Annotated[list[Value], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+
 
 class SglangSampling(SamplingFields):
     """`sampling_params`. What it does not say is the model's generation_config."""
@@ -107,24 +111,22 @@ class SglangSampling(SamplingFields):
     )
 
 
-class SglangBody(BaseModel):
+class SglangBody(Form):
     """The body of a request. A list in a field of one prompt has a value for each of many."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     text: str | Texts | None = None
     input_ids: (
         TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)] | None
     ) = None
-    sampling_params: SglangSampling | list[SglangSampling] | None = None
+    sampling_params: SglangSampling | Each[SglangSampling] | None = None
     model: str | None = Field(None, description="one of the names that the model is served under")
     stream: bool | None = Field(None, description="default: false")
-    rid: Name | list[Name] | None = Field(None, description="names the request, for its abortion")
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: int | list[int] | None = Field(
+    rid: Name | Each[Name] | None = Field(None, description="names the request, for its abortion")
+    return_logprob: bool | Each[bool] | None = None
+    logprob_start_len: int | Each[int] | None = Field(
         None, description="first prompt token in input_token_logprobs; -1: none"
     )
-    top_logprobs_num: int | list[int] | None = None
+    top_logprobs_num: int | Each[int] | None = None
     return_text_in_logprobs: bool | None = None
 
     @property

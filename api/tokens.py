@@ -14,11 +14,12 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from api.bodies import (
     MAX_PROMPTS,
+    Form,
     Texts,
     TokenIds,
     described,
@@ -50,10 +51,8 @@ OF_MESSAGES = ("add_generation_prompt", "chat_template_kwargs")
 router = APIRouter()
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(Form):
     """What is to be tokenized: one of the first three fields."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     prompt: str | Texts | None = None
     text: str | Texts | None = None
@@ -87,10 +86,8 @@ class TokenizeBody(BaseModel):
         return unknown_in(self, UNSERVED) | unknown_in_messages(self.messages or ())
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Form):
     """The ids of a text, or of each of many."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     tokens: TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
     model: str | None = Field(None, description="one of the names that the model is served under")

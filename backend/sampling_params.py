@@ -31,9 +31,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+MAX_COUNT = (1 << 53) - 1  # the largest that JSON carries everywhere
+COUNT = f"a whole number, 0 to {MAX_COUNT}"
+
+
 def _is_count(value: object) -> bool:
     """A length of 2.5 would never be reached."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +72,13 @@ class SamplingParams:
             _refuse_unless(_is_number(value) and holds(value), name, f"a number {wanted}", value)
         for name in ("top_k", "min_new_tokens"):
             value = getattr(self, name)
-            _refuse_unless(_is_count(value), name, "a whole number, 0 or more", value)
+            _refuse_unless(_is_count(value), name, COUNT, value)
         for _, bias in self.logit_bias:
             fits = _is_number(bias) and -100 <= bias <= 100
             _refuse_unless(fits, "logit_bias", "a number between -100 and 100", bias)
         least, most = self.min_new_tokens, self.max_new_tokens
         if most is not None:
-            _refuse_unless(_is_count(most), "max_new_tokens", "a whole number, 0 or more", most)
+            _refuse_unless(_is_count(most), "max_new_tokens", COUNT, most)
             wanted = f"at most max_new_tokens ({most})"
             _refuse_unless(least <= most, "min_new_tokens", wanted, least)
 
@@ -101,7 +105,7 @@ class Wants:
         _refuse_unless(fits, "top_logprobs", wanted, self.top)
         start = self.prompt_logprobs_from
         if start is not None:
-            wanted = "a whole number, 0 or more"
+            wanted = COUNT
             _refuse_unless(_is_count(start), "prompt_logprobs_from", wanted, start)
         asked = self.logprobs or start is not None
         wanted = "0 where no log-probabilities are asked for"

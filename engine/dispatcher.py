@@ -8,7 +8,9 @@ fails, each accepted request ends with exactly one finish.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +22,8 @@ from engine.placement import Placement, open_placement
 from engine.statistics import Statistics
 from engine.waiting_room import WaitingRoom
 from ipc.messages import Cancel, FrontMessage, Step, Submit
+
+logger = logging.getLogger(__name__)
 
 ABORTED = Finish("abort", message="aborted")
 
@@ -68,6 +72,7 @@ class Dispatcher:
         self._serving: dict[int, Serving] = {}  # by the engine's index
         self._placement: Placement | None = None  # made with the first engine
         self._live: dict[str, LiveRequest] = {}  # by submission id, until no engine knows it
+        self._names: Counter[tuple[str, str]] = Counter()  # how many answers go by each
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -101,7 +106,12 @@ class Dispatcher:
     def limits(self, limits: Limits) -> None:
         self._limits = replace(limits)
         self._room.bound = limits.max_queued
-        self._dispatch()
+        self._dispatch(time.monotonic())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._live
 
     async def idle(self) -> None:
         """Wait until no request is left."""
@@ -115,12 +125,13 @@ class Dispatcher:
         Returns warnings for the client: what was asked for and is not given. Raises RequestRefused
         or Overloaded.
         """
+        now = time.monotonic()
         warnings = self._shorten(requests)
-        self._check(requests)
+        self._check(requests, now)
         for request in requests:
             self._accept(request)
-            self._room.push(request.submission)
-        self._dispatch()
+            self._room.push(request.submission, now)
+        self._dispatch(now)
         return warnings
 
     def _shorten(self, requests: Sequence[LiveRequest]) -> list[str]:
@@ -142,12 +153,11 @@ class Dispatcher:
                 ] = None
         return list(warnings)
 
-    def _check(self, requests: Sequence[LiveRequest]) -> None:
+    def _check(self, requests: Sequence[LiveRequest], now: float) -> None:
         """Raise what speaks against taking them."""
-        ids = {request.id for request in requests}
-        if len(ids) < len(requests) or not self._live.keys().isdisjoint(ids):
-            name = requests[0].request_id
-            raise RequestRefused(f"rid {name!r} is in use: choose another", "rid")
+        for request in requests:
+            if request.name in self._names:
+                raise RequestRefused(f"rid {request.request_id!r} is in use: choose another", "rid")
         bound = self._limits.max_queued
         most = bound + sum(each.spec.max_running + LOOK_AHEAD for each in self._serving.values())
         if bound and len(requests) > most:
@@ -156,7 +166,7 @@ class Dispatcher:
                 f"({most:,}): ask for fewer",
                 "n",
             )
-        self._room.check(len(requests), self._free_rows())
+        self._room.check(len(requests), self._free_rows(), now)
 
     def _free_rows(self) -> int:
         """How many would leave the room at once."""
@@ -168,6 +178,7 @@ class Dispatcher:
 
     def _accept(self, request: LiveRequest) -> None:
         self._live[request.id] = request
+        self._names[request.name] += 1
         self._idle.clear()
         self._statistics.accepted(request)
 
@@ -210,6 +221,9 @@ class Dispatcher:
     def _forget(self, request: LiveRequest) -> None:
         """No engine knows it any more."""
         del self._live[request.id]
+        self._names[request.name] -= 1
+        if not self._names[request.name]:
+            del self._names[request.name]
         if not self._live:
             self._idle.set()
 
@@ -222,7 +236,7 @@ class Dispatcher:
         if self._placement is None:
             self._placement = open_placement(self._mode, spec.page_tokens)
         self._serving[index] = Serving(spec, send)
-        self._dispatch()
+        self._dispatch(time.monotonic())
 
     def engine_lost(self, index: int, reason: str) -> None:
         """An engine is gone: what it had ends with an error, what waits goes to the others."""
@@ -236,41 +250,51 @@ class Dispatcher:
             if request.finish is None:
                 self._finish(request, finish)
                 request.notify(request)
-        self._dispatch()
+        self._dispatch(time.monotonic())
 
     def end_waiting(self, reason: str) -> None:
         """No engine will come: those who wait end with an error."""
-        waiting = [self._live[each.id] for each in self._room.clear()]
-        for request in waiting:
-            self._forget(request)
-            self._finish(request, Finish("error", message=reason))
-            request.notify(request)
+        for submission in self._room.clear():
+            self._give_up(self._live[submission.id], reason)
+
+    def _give_up(self, request: LiveRequest, reason: str) -> None:
+        """End a request that no engine has."""
+        if self._placement is not None:
+            self._placement.ended(request.id)
+        self._forget(request)
+        self._finish(request, Finish("error", message=reason))
+        request.notify(request)
 
     def give(self, index: int, request: LiveRequest) -> None:
         """Accept a request for one engine, past the queue and its limits."""
         self._accept(request)
-        self._send(index, request)
+        self._send(index, request, time.monotonic())
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, now: float) -> None:
         """Give out what waits, first come first served, while there is an engine with room."""
         bound = self._limits.max_inflight_per_engine
         while self._placement is not None and self._free_rows():
-            submission = self._room.next(time.monotonic())
+            submission = self._room.next(now)
             if submission is None:
                 return
             free = [index for index, each in self._serving.items() if each.room(bound)]
             index = self._placement.choose(submission, free)
-            self._send(index, self._live[submission.id])
+            self._send(index, self._live[submission.id], now)
 
-    def _send(self, index: int, request: LiveRequest) -> None:
-        request.replica = index
-        request.placed = time.monotonic()
+    def _send(self, index: int, request: LiveRequest, now: float) -> None:
         serving = self._serving[index]
+        try:
+            serving.send(Submit(request.submission))
+        except Exception as error:  # a defect of ours, which is nobody else's misfortune
+            logger.exception("request %s cannot be sent to an engine", request.id)
+            self._give_up(request, f"internal error: {type(error).__name__}")
+            return
+        request.replica = index
+        request.placed = now
         if not serving.running:
-            serving.busy_since = request.placed
+            serving.busy_since = now
         serving.running[request.id] = request
         self._statistics.placed(request)
-        serving.send(Submit(request.submission))
 
     # Tokens come
 
@@ -293,7 +317,7 @@ class Dispatcher:
                 self._forget(request)
                 self._placement.ended(delta.id)
         if step.finishes:
-            self._dispatch()
+            self._dispatch(now)
 
     def _feed(self, request: LiveRequest, delta: Delta, now: float) -> None:
         """Add news to a request that goes on."""

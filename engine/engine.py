@@ -70,8 +70,9 @@ class Engine:
         if submission.id in self._live:
             raise RequestRefused(f"id {submission.id!r} is in use: choose another", "id")
         self.spec.check(submission)
-        self._room.check(1, self._free())
-        self._room.push(submission)
+        now = time.monotonic()
+        self._room.check(1, self._free(), now)
+        self._room.push(submission, now)
         self._live[submission.id] = None
 
     def cancel(self, id: str) -> None:

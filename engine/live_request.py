@@ -32,6 +32,11 @@ class LiveRequest:
     ended: float | None = None
 
     @property
+    def name(self) -> tuple[str, str]:
+        """What no other request may be called meanwhile, among those of one client."""
+        return self.owner, self.request_id
+
+    @property
     def id(self) -> str:
         """The submission's."""
         return self.submission.id

@@ -19,8 +19,6 @@ from backend.interface import (
     BackendSpec,
     Finish,
     Load,
-    Overloaded,
-    RequestRefused,
     SamplingParams,
     StartFailed,
     Submission,
@@ -158,21 +156,14 @@ class EnginePool:
         Overloaded or Unavailable.
         """
         self._refuse_unless_ready()
-        try:
-            for request in requests:
-                self.spec.check(request.submission)
-            return self._dispatcher.submit(requests)
-        except RequestRefused:
-            self.statistics.rejected("invalid")
-            raise
-        except Overloaded:
-            self.statistics.rejected("queue_full")
-            raise
+        spec = self.spec
+        for request in requests:
+            spec.check(request.submission)
+        return self._dispatcher.submit(requests)
 
     def _refuse_unless_ready(self) -> None:
         state = self.state
         if state != "ready":
-            self.statistics.rejected(state)
             raise Unavailable(REFUSALS[state])
 
     def end(self, request: LiveRequest, finish: Finish) -> None:
@@ -289,7 +280,8 @@ class EnginePool:
         self, index: int, submission: Submission, notify: Callable[[LiveRequest], None]
     ) -> LiveRequest:
         """Hand an engine a copy of a submission that is nobody's."""
-        copy = replace(submission, id=f"{submission.id}-{secrets.token_hex(8)}")
+        id = f"{submission.id}-{secrets.token_hex(8)}"
+        copy = replace(submission, id=id, arrival=time.monotonic())
         request = LiveRequest(copy, copy.id, "", notify)
         self._dispatcher.give(index, request)
         return request
@@ -309,6 +301,8 @@ class EnginePool:
 
     async def drained(self, timeout: float) -> bool:
         """Wait until no request is left; False when `timeout` seconds were not enough."""
+        if self._dispatcher.is_idle:
+            return True
         try:
             await asyncio.wait_for(self._dispatcher.idle(), timeout)
         except asyncio.TimeoutError:
@@ -325,4 +319,4 @@ class EnginePool:
 def _nobodys(prompt: Sequence[int], max_new_tokens: int) -> Submission:
     """A submission that only warms."""
     sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-    return Submission("warm", tuple(prompt), sampling, seed=0, arrival=time.monotonic())
+    return Submission("warm", tuple(prompt), sampling, seed=0)

@@ -25,6 +25,7 @@ class Waiting:
     priority: int
     number: int
     submission: Submission
+    since: float  # when it came
 
     @property
     def place(self) -> tuple[int, int]:
@@ -39,12 +40,13 @@ class WaitingRoom:
         self.bound = settings.max_queued  # may be changed while requests wait; 0: none
         self._line: list[Waiting] = []
         self._count = 0
-        self._departures: deque[float] = deque(maxlen=DEPARTURES_REMEMBERED)
+        self._departures: deque[float] = deque()  # of those who had to wait
+        self._counted_from = 0.0  # the departure before these, or when the line began
 
     def __len__(self) -> int:
         return len(self._line)
 
-    def check(self, count: int, free: int) -> None:
+    def check(self, count: int, free: int, now: float) -> None:
         """Raise Overloaded when `count` more are too many. The bound is not for the first `free` of
         all who wait: they leave at once.
         """
@@ -52,24 +54,32 @@ class WaitingRoom:
         excess = len(self._line) + count - free - self.bound
         if self.bound and excess > 0:
             raise Overloaded(
-                f"{depth} requests wait (MAX_QUEUED={self.bound}): try again later",
+                f"{depth} requests wait and {count} more are too many (MAX_QUEUED={self.bound}): "
+                "try again later",
                 queue_depth=depth,
-                retry_after_s=self.expected_wait(excess),
-                est_wait_s=self.expected_wait(depth),
+                retry_after_s=self.expected_wait(excess, now),
+                est_wait_s=self.expected_wait(depth, now),
             )
 
-    def push(self, submission: Submission) -> None:
+    def push(self, submission: Submission, now: float) -> None:
         """Queue a submission that `check` had room for."""
-        insort(self._line, Waiting(submission.priority, self._count, submission), key=_place)
+        if not self._line:
+            self._departures.clear()
+            self._counted_from = now
+        waiting = Waiting(submission.priority, self._count, submission, now)
+        insort(self._line, waiting, key=_place)
         self._count += 1
 
     def next(self, now: float) -> Submission | None:
         """Take the first in line; None when nobody waits."""
         if not self._line:
-            self._departures.clear()  # who is served at once says how fast requests come, no more
             return None
-        self._departures.append(now)
-        return self._line.pop(0).submission
+        first = self._line.pop(0)
+        if now > first.since:  # who is served at once says how fast requests come, no more
+            self._departures.append(now)
+        if len(self._departures) > DEPARTURES_REMEMBERED:
+            self._counted_from = self._departures.popleft()
+        return first.submission
 
     def expire(self, now: float) -> list[Submission]:
         """Take out everybody whose deadline has passed."""
@@ -96,12 +106,14 @@ class WaitingRoom:
         everybody, self._line = self._line, []
         return [each.submission for each in everybody]
 
-    def expected_wait(self, ahead: int) -> float:
-        """Seconds until `ahead` requests have left, by the rate at which the last ones did."""
-        if len(self._departures) < 2 or self._departures[-1] == self._departures[0]:
+    def expected_wait(self, ahead: int, now: float) -> float:
+        """Seconds until `ahead` requests have left, by the rate at which the last ones did.
+
+        It grows while nobody leaves.
+        """
+        if not self._departures:
             return WAIT_UNKNOWN_S
-        seconds = self._departures[-1] - self._departures[0]
-        return ahead * seconds / (len(self._departures) - 1)
+        return ahead * (now - self._counted_from) / len(self._departures)
 
 
 def _place(waiting: Waiting) -> tuple[int, int]:

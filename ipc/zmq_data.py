@@ -61,7 +61,11 @@ class EngineLink:
         self._both: list[zmq.Socket[bytes]] = [self._socket, self._lost]
         for socket in self._both:
             self._loop.add_reader(socket.fileno(), self._stir, socket)
-        self._socket.bind(self.endpoint)
+        try:
+            self._socket.bind(self.endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise OSError(f"{self.endpoint}: {error}") from None
 
     def _stir(self, socket: zmq.Socket[bytes]) -> None:
         # a socket's descriptor stays readable until the socket is asked: the loop would spin

@@ -73,7 +73,7 @@ class PoolInProcess:
             raise Unavailable("the server is draining: try again later")
         for request in requests:
             self.engine.spec.check(request.submission)
-            if request.id in self._live:
+            if any(live.name == request.name for live in self._live.values()):
                 raise RequestRefused(f"rid {request.request_id!r} is in use", "rid")
         for index, request in enumerate(requests):
             try:

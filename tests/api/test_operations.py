@@ -96,8 +96,13 @@ def test_it_makes_none_when_an_engine_is_silent_over_its_work() -> None:
 
 
 def test_it_makes_none_when_requests_wait_for_engines_that_are_gone() -> None:
-    pool = ScriptedPool(replicas=[replica(state="restarting")], waiting=4)
+    now = time.monotonic()
+    gone = [replica(state="restarting", last_news=now - PROGRESS_LIMIT_S - 1)]
+    pool = ScriptedPool(replicas=gone, waiting=4)
     assert "4 requests wait" in refusal(ready(pool).get("/health/progress"), 503)
+    back_soon = [replica(state="restarting", last_news=now)]
+    pool = ScriptedPool(replicas=back_soon, waiting=4)
+    assert ready(pool).get("/health/progress").status_code == 200
     assert refusal(ready(ScriptedPool(state="down")).get("/health/progress"), 503)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -83,6 +84,17 @@ def test_a_start_that_fails_is_one_line_with_its_cause(tmp_path: Path) -> None:
         assert len(named) >= 1
         assert "Traceback" not in server.text
         eventually(lambda: not server.left_over(), "the end of the engines")
+
+
+def test_a_start_that_fails_for_a_reason_nobody_thought_of_ends_too(
+    tmp_path: Path, small_model: Path
+) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(small_model / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 5}))
+    with serving(tmp_path / "log", MODEL_LOCAL_DIR=tmp_path) as server:
+        assert server.process.wait(PATIENCE_S) not in (0, None)
+        assert "the server cannot start" in server.text
 
 
 def test_a_wrong_flag_is_one_line(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -105,7 +107,7 @@ def test_beyond_the_queue_there_is_an_honest_429(server: ServerProcess) -> None:
         error = response.json()["error"]
         assert int(response.headers["Retry-After"]) >= 1
         assert error["queue_depth"] > 0
-        assert error["est_wait_s"] >= 0
+        assert 0 < error["est_wait_s"] < PATIENCE_S
     for response in served:
         assert [each["finish_reason"] for each in response.json()["answers"]] == ["length"] * 100
 
@@ -142,13 +144,13 @@ def test_the_official_client_chats_and_completes_streamed_and_whole(server: Serv
 
 
 def test_a_peer_on_the_control_socket_is_answered(server: ServerProcess) -> None:
-    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
-        socket.connect(server.control)
-        socket.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
+    with zmq.Context() as context, context.socket(zmq.REQ) as peer:
+        peer.connect(server.control)
+        peer.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
 
         def ask(command: bytes) -> dict[str, Any]:
-            socket.send(command)
-            answer: dict[str, Any] = json.loads(socket.recv())
+            peer.send(command)
+            answer: dict[str, Any] = json.loads(peer.recv())
             return answer
 
         assert ask(b'{"cmd":"warm","tokens":8}') == {"ok": True, "warmed_tokens": 8, "replicas": 1}
@@ -188,3 +190,38 @@ def test_every_malformed_body_is_a_400_and_the_server_lives_on(server: ServerPro
             assert response.status_code == 400, (path, content[:20], response.text[:200])
             assert response.json()["error"]["message"]
     assert at_rest(server.url)
+
+
+HUGE = 1 << 65
+MANY = 500_000
+HOSTILE: dict[str, bytes] = {
+    "a number beyond 64 bits": b'{"prompt": "a", "temperature": 1, "top_k": %d}' % HUGE,
+    "a length beyond 64 bits": b'{"prompt": "a", "max_new_tokens": %d}' % HUGE,
+    "a seed beyond 64 bits": b'{"prompt": "a", "seed": %d}' % HUGE,
+    "a stop id beyond 64 bits": b'{"prompt": "a", "stop_token_ids": [%d]}' % HUGE,
+    "wrong stops": b'{"prompt": "a", "stop": [%b0]}' % (b"0," * MANY),
+    "wrong stop ids": b'{"prompt": "a", "stop_token_ids": [%b""]}' % (b'"",' * MANY),
+    "wrong names": b'{"text": "a", "rid": [%b0]}' % (b"0," * MANY),
+    "wrong parameters": b'{"text": ["a"], "sampling_params": [%b0]}' % (b"0," * MANY),
+    "many unknown fields": b'{"prompt": "a" %b}'
+    % b"".join(b',"f%d":0' % number for number in range(MANY)),
+    "many biases": b'{"prompt": "a", "logit_bias": {%b}}'
+    % b",".join(b'"%d":"x"' % number for number in range(MANY)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_body_is_a_400_that_holds_up_nobody(server: ServerProcess, name: str) -> None:
+    response = httpx.post(f"{server.url}/generate", content=HOSTILE[name], timeout=PATIENCE_S)
+    assert response.status_code == 400, response.text[:200]
+    assert len(response.content) < 1000
+    assert httpx.post(f"{server.url}/generate", json=body(2), timeout=1).status_code == 200
+    assert at_rest(server.url)
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault(server: ServerProcess) -> None:
+    address = urlsplit(server.url)
+    with socket.socket() as client:
+        client.connect((address.hostname, address.port))
+        client.sendall(b"POST /generate HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
+    assert httpx.post(f"{server.url}/generate", json=body(2)).status_code == 200

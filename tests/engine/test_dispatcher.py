@@ -26,7 +26,7 @@ from engine.dispatcher import Dispatcher
 from engine.engine import LOOK_AHEAD
 from engine.live_request import LiveRequest
 from engine.statistics import Statistics
-from ipc.messages import Cancel, FrontMessage, Step, Submit
+from ipc.messages import Cancel, FrontMessage, Step, Submit, encode
 
 ROWS = 2
 ROOM = ROWS + LOOK_AHEAD  # requests that an engine takes
@@ -139,12 +139,44 @@ def test_a_burst_into_idle_engines_is_never_refused() -> None:
     assert it.dispatcher.waiting == 1
 
 
-def test_an_id_in_use_is_refused() -> None:
+def test_a_name_in_use_is_refused_to_its_client_alone() -> None:
     it = house()
     it.submit("a")
-    with pytest.raises(RequestRefused, match="in use"):
-        it.dispatcher.submit([it.request("b"), it.request("a")])
+    again = it.request("a")
+    again.submission = replace(again.submission, id="another")
+    with pytest.raises(RequestRefused, match="'a' is in use"):
+        it.dispatcher.submit([it.request("b"), again])
     assert it.submitted() == ["a"]
+    again.owner = "somebody else"
+    it.dispatcher.submit([again])
+    it.finish("a", "another")
+    it.submit("a")
+    assert it.submitted() == ["a", "another", "a"]
+
+
+def test_one_that_cannot_be_sent_ends_with_an_error_and_hurts_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    it = house(max_inflight_total=1)
+    first, bad, last = it.submit("first", "bad", "last")
+    bad.submission = replace(bad.submission, prompt=(1 << 70,))
+    it.dispatcher._room.remove("bad")
+    it.dispatcher._room.push(bad.submission, 0.0)
+
+    def send(message: FrontMessage) -> None:
+        encode(message)
+        it.sent[0].append(message)
+
+    it.dispatcher._serving[0].send = send
+    it.finish("first")
+    it.finish("last")
+    assert [each.finish and each.finish.reason for each in (first, bad, last)] == [
+        "length",
+        "error",
+        "length",
+    ]
+    assert (it.dispatcher.running, it.dispatcher.waiting, it.dispatcher.is_idle) == (0, 0, True)
+    assert "bad cannot be sent" in caplog.text
 
 
 @pytest.mark.parametrize(
