@@ -114,7 +114,7 @@ class Answer:
 
 @dataclass(eq=False, slots=True)
 class Answers:
-    """All answers of one HTTP request. Opened by the constructor, ended by `close`."""
+    """All answers of one HTTP request. Whoever calls `open` calls `close`."""
 
     id: str  # the client's name for all of it
     pool: EnginePool

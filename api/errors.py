@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api.replies import json_reply
 from backend.interface import EngineError, Overloaded, RequestRefused, Unavailable
 
 BAD_REQUEST = "invalid_request_error"
@@ -46,9 +46,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The whole answer."""
-        return Response(
-            orjson.dumps(self.body()), self.status, self.headers, media_type="application/json"
-        )
+        return json_reply(self.body(), self.status, self.headers)
 
 
 def refused(message: str, param: str | None = None) -> ApiError:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from api.replies import json_reply
 from api.service import Model, service_of
 
 router = APIRouter()
@@ -24,14 +24,10 @@ def _entry(model: Model) -> dict[str, Any]:
     }
 
 
-def _json(value: Any) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")
-
-
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """Every model: the one, under the first of its names."""
-    return _json({"object": "list", "data": [_entry(service_of(request).model)]})
+    return json_reply({"object": "list", "data": [_entry(service_of(request).model)]})
 
 
 @router.get("/v1/models/{id:path}")
@@ -39,4 +35,4 @@ async def model(request: Request, id: str) -> Response:
     """The model, under any of its names. Raises ApiError 404 for another."""
     service = service_of(request)
     service.check_model(id)
-    return _json(_entry(service.model))
+    return json_reply(_entry(service.model))

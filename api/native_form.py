@@ -21,6 +21,7 @@ from starlette.responses import Response
 from api.answers import Answer, Answers, Ask, Piece, Whole
 from api.bodies import Texts, in_words_of_the_client, parse_value, refuse_unsupported
 from api.errors import ApiError
+from api.replies import json_reply
 from api.sampling_fields import GREEDY, SamplingFields, check_answers
 from api.service import Service, new_id, owner_of, service_of
 from api.streaming import AnswerStream, fold
@@ -73,7 +74,7 @@ async def respond(request: Request, value: dict[str, Any]) -> Response:
     if body.stream is not False:
         return AnswerStream(answers, NativeFrames(answers, tokenizer, body.many))
     content = _all(answers, await fold(request, answers), tokenizer, body.many)
-    return Response(orjson.dumps(content), media_type="application/json")
+    return json_reply(content)
 
 
 async def _asks(service: Service, body: NativeBody) -> list[Ask]:

@@ -15,6 +15,7 @@ from api.bodies import in_words_of_the_client
 from api.errors import ApiError
 from api.events import DONE, EVENT_STREAM, event
 from api.openai_fields import OpenAIFields
+from api.replies import json_reply
 from api.service import new_id, owner_of, service_of
 from api.streaming import AnswerStream, fold
 from backend.interface import Finish
@@ -157,4 +158,4 @@ async def respond(
     if fields.stream:
         return AnswerStream(answers, ReplyFrames(reply, fields.wants_usage))
     body = reply.whole(await fold(request, answers))
-    return Response(orjson.dumps(body), media_type="application/json")
+    return json_reply(body)

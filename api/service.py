@@ -22,7 +22,7 @@ from api.sampling_fields import SamplingDefaults
 from backend.interface import BackendSpec, RequestRefused, TooLong, Unavailable
 from backend.tokenizer import Tokenizer, open_tokenizer
 from config import Settings
-from engine.multi_device import EnginePool
+from engine.multi_device import REFUSALS, EnginePool
 
 SLICE = 1 << 20  # characters that are tokenized at a time
 
@@ -67,7 +67,7 @@ class Service:
     def model(self) -> Model:
         """Raises Unavailable until it is there."""
         if self._model is None:
-            raise Unavailable("the engines are starting: try again in a moment")
+            raise Unavailable(REFUSALS["starting"])
         return self._model
 
     async def wait_for_model(self) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-import orjson
 from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
@@ -28,6 +27,7 @@ from api.bodies import (
     unknown_in,
 )
 from api.errors import refused
+from api.replies import json_reply
 from api.sampling_fields import SamplingFields, check_answers
 from api.service import Model, Service, new_id, owner_of, service_of
 from api.sglang_answers import Record, SglangFrames
@@ -217,7 +217,7 @@ async def respond(request: Request, value: dict[str, Any]) -> Response:
     for record, whole in zip(records, wholes, strict=True):
         record.add(whole)
     contents = [record.content(whole.finish) for record, whole in zip(records, wholes, strict=True)]
-    return Response(orjson.dumps(contents if many else contents[0]), media_type="application/json")
+    return json_reply(contents if many else contents[0])
 
 
 def _words(source: str, path: str) -> dict[str, str]:

@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
@@ -31,6 +30,7 @@ from api.bodies import (
 )
 from api.conversation import Messages, check_template_kwargs, unknown_in_messages
 from api.errors import refused
+from api.replies import json_reply
 from api.service import Service, service_of
 from backend.tokenizer import Tokenizer
 from engine.text import decode
@@ -132,7 +132,7 @@ async def detokenize(request: Request) -> Response:
 
 def _json(content: dict[str, Any], warnings: Sequence[str]) -> Response:
     more = {"warnings": warnings} if warnings else {}
-    return Response(orjson.dumps(content | more), media_type="application/json")
+    return json_reply(content | more)
 
 
 async def _encode(service: Service, body: TokenizeBody) -> tuple[list[list[int]], bool]:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field, replace
 
 from backend.interface import BackendSpec, Delta, Finish, RequestRefused
 from config import AdaptiveSettings, PoolSettings, QueueSettings
-from engine.engine import LOOK_AHEAD
 from engine.live_request import LiveRequest
 from engine.placement import Placement, open_placement
 from engine.statistics import Statistics
-from engine.waiting_room import WaitingRoom
+from engine.waiting_room import LOOK_AHEAD, WaitingRoom
 from ipc.messages import Cancel, FrontMessage, Step, Submit
 
 logger = logging.getLogger(__name__)

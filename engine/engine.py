@@ -24,11 +24,9 @@ from backend.interface import (
     Submission,
 )
 from config import QueueSettings
-from engine.waiting_room import WaitingRoom
+from engine.waiting_room import LOOK_AHEAD, WaitingRoom
 
 logger = logging.getLogger(__name__)
-
-LOOK_AHEAD = 8  # submissions a backend holds beyond its rows, so that a freed row is filled at once
 
 
 def in_one_line(error: Exception) -> str:

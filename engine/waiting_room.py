@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from backend.interface import Overloaded, Submission
 from config import QueueSettings
 
+LOOK_AHEAD = 8  # who a backend holds beyond its rows, so that a freed row is filled at once
 DEPARTURES_REMEMBERED = 64  # enough to smooth a burst, few enough to follow the load
 WAIT_UNKNOWN_S = 1.0  # what is said while nothing has left yet
 

@@ -21,9 +21,9 @@ from itertools import count
 from backend.fake import open_backend
 from backend.interface import SamplingParams, StepOutput, Submission
 from config import BackendSettings, BatchSettings, CacheSettings
-from engine.engine import LOOK_AHEAD
 from engine.placement import PLACEMENTS, CacheAware, Placement
 from engine.scheduler import Scheduler
+from engine.waiting_room import LOOK_AHEAD
 
 REPLICAS = 4
 PAGE_TOKENS = 16

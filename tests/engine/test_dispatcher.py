@@ -23,9 +23,9 @@ from backend.interface import (
 )
 from config import AdaptiveSettings, PoolSettings, QueueSettings
 from engine.dispatcher import Dispatcher
-from engine.engine import LOOK_AHEAD
 from engine.live_request import LiveRequest
 from engine.statistics import Statistics
+from engine.waiting_room import LOOK_AHEAD
 from ipc.messages import Cancel, FrontMessage, Step, Submit, encode
 
 ROWS = 2

@@ -17,8 +17,8 @@ from backend.interface import (
     RequestRefused,
     Submission,
 )
-from engine.engine import LOOK_AHEAD
 from engine.opening import open_backend
+from engine.waiting_room import LOOK_AHEAD
 from tests.engine.engine_bench import ABORT, LENGTH, ROWS, House, Scripted, fake_settings
 from tests.engine.scheduler_bench import ask
 
