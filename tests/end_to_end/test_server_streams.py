@@ -108,6 +108,8 @@ def test_beyond_the_queue_there_is_an_honest_429(server: ServerProcess) -> None:
         assert int(response.headers["Retry-After"]) >= 1
         assert error["queue_depth"] > 0
         assert 0 < error["est_wait_s"] < PATIENCE_S
+    counted = f'minisgl_rejected_total{{reason="queue_full"}} {len(refused)}.0'
+    assert counted in httpx.get(f"{url}/metrics").text
     for response in served:
         assert [each["finish_reason"] for each in response.json()["answers"]] == ["length"] * 100
 
