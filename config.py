@@ -87,7 +87,7 @@ class DeviceSettings(Part):
     """Where the model runs and by which kernels."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", alias="DEVICE")
-    attention: Literal["auto", "sdpa"] = Field("auto", alias="ATTN_IMPL")
+    attention: Literal["auto", "sdpa", "triton"] = Field("auto", alias="ATTN_IMPL")
     memory_fraction: float = Field(
         0.9, gt=0, le=1, alias="MEMORY_FRACTION"
     )  # of the device's memory

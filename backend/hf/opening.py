@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -132,12 +133,35 @@ def _open_attention(
     device: str,
 ) -> tuple[PagedAttention, str]:
     """The attention that `ATTN_IMPL` names, with its pool, and its name."""
-    name = settings.attention
-    if name == "auto":
-        name = "sdpa"
-        logger.info("ATTN_IMPL=auto: sdpa")
+    name = _choose_attention(settings.attention, device)
     module, kind = ATTENTION[name].split(":")
     opened: PagedAttention = getattr(import_module(module), kind)(
         model.geometry, pages, page_tokens, precision.compute, device
     )
     return opened, name
+
+
+def _choose_attention(name: str, device: str) -> str:
+    """`auto` takes triton where it runs, and says why; triton by name is refused elsewhere."""
+    lack = _triton_lacks(device)
+    if name == "auto":
+        name = "triton" if lack is None else "sdpa"
+        logger.info("ATTN_IMPL=auto: %s, as %s", name, lack or "this device runs our kernels")
+    elif name == "triton" and lack is not None:
+        raise Unsupported(
+            "ATTN_IMPL=triton needs a CUDA device of compute capability 8.0 or later and the "
+            f"package triton, but {lack}: use ATTN_IMPL=sdpa"
+        )
+    return name
+
+
+def _triton_lacks(device: str) -> str | None:
+    """Why our Triton kernels cannot run on `device`. None: they can."""
+    if device != "cuda":
+        return f"DEVICE is {device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return "this device has compute capability {}.{}".format(*capability)
+    return None

@@ -11,6 +11,7 @@ from backend.hf.batch import ForwardBatch
 
 ATTENTION: dict[str, str] = {
     "sdpa": "backend.hf.attention.sdpa:SdpaAttention",
+    "triton": "backend.hf.attention.triton:TritonAttention",
 }
 
 

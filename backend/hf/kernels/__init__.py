@@ -1,0 +1,1 @@
+"""Triton kernels, each file with its floor. Imported only where a CUDA device was chosen."""
