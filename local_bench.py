@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from backend.interface import BackendSpec
-from bench.card import finish, milliseconds, percent, show, summary_rows, versions
+from bench.card import finish, milliseconds, percent, show, summary_rows
 from bench.comparison import PEERS, Comparison, compare, order_for
 from bench.decode_step import BATCHES, CONTEXT, DecodeStep, decode_step, measure_batches
 from bench.device import describe, measure_ceiling
@@ -31,11 +31,13 @@ from bench.script import Parser, positive, run_script, start_log
 from bench.summary import Summary, median_index, spread, summarise
 from bench.workloads import WORKLOADS, Workload, repeated
 from config import Settings, read_settings
+from engine.versions import versions
 
 if TYPE_CHECKING:
     from engine.llm import LLM
 
 WARM_PROMPT, WARM_NEW = 32, 4  # tokens
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")  # that speed is owed to
 
 
 def parse() -> argparse.Namespace:
@@ -107,7 +109,7 @@ def facts(spec: BackendSpec, ceiling: Ceiling | None) -> dict[str, object]:
         "backend": spec.name,
         "dtype": spec.dtype,
         "attention": spec.attention,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "ceiling": ceiling and asdict(ceiling),
     }
 

@@ -45,7 +45,6 @@ class Lifecycle:
             settings.pool, settings.adaptive, settings.queue, settings.backend, self.statistics
         )
         self.service = Service(settings, self.pool)
-        self.control = Control(self.service)
         self._socket: ControlSocket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._restore: Callable[[], None] = lambda: None
@@ -54,7 +53,7 @@ class Lifecycle:
         """Listen for control, begin to start the engines, and return. Raises StartFailed."""
         control = self._settings.control
         if control.enabled:
-            self._socket = ControlSocket(control.endpoint, self.control.run)
+            self._socket = ControlSocket(control.endpoint, Control(self.service).run)
             self._socket.start()
             self._tasks.append(asyncio.create_task(self._socket.run()))
             logger.info("control plane on %s", control.endpoint)

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from api.answers import Answer, Answers, Ask, Piece, Whole
 from api.bodies import Texts, in_words_of_the_client, parse_value, refuse_unsupported
 from api.errors import ApiError
-from api.replies import json_reply
+from api.replies import json_reply, warnings_entry
 from api.sampling_fields import GREEDY, SamplingFields, check_answers
 from api.service import Service, new_id, owner_of, service_of
 from api.streaming import AnswerStream, fold
@@ -106,7 +106,7 @@ class NativeFrames:
 
     def __init__(self, answers: Answers, tokenizer: Tokenizer, many: bool) -> None:
         self._tokenizer = tokenizer
-        self._warnings = _warnings(answers)
+        self._warnings = warnings_entry(answers.warnings)
         self._names = [_name(answers, answer, many) for answer in answers.all]
         self._heads = [orjson.dumps(name)[:-1] + b',"text_delta":' for name in self._names]
 
@@ -153,23 +153,19 @@ def _end(answer: Answer, finish: Finish) -> dict[str, Any]:
     }
 
 
-def _warnings(answers: Answers) -> dict[str, Any]:
-    return {"warnings": answers.warnings} if answers.warnings else {}
-
-
 def _all(
     answers: Answers, wholes: Sequence[Whole], tokenizer: Tokenizer, many: bool
 ) -> dict[str, Any]:
     """The object that answers a request without a stream."""
     contents = [_whole(each, tokenizer) for each in wholes]
     if not many:
-        return {"id": answers.id, **contents[0], **_warnings(answers)}
+        return {"id": answers.id, **contents[0], **warnings_entry(answers.warnings)}
     usages = [each["usage"] for each in contents]
     return {
         "id": answers.id,
         "answers": [{"index": index, **each} for index, each in enumerate(contents)],
         "usage": {name: sum(usage[name] for usage in usages) for name in usages[0]},
-        **_warnings(answers),
+        **warnings_entry(answers.warnings),
     }
 
 

@@ -15,7 +15,7 @@ from api.bodies import in_words_of_the_client
 from api.errors import ApiError
 from api.events import DONE, EVENT_STREAM, event
 from api.openai_fields import OpenAIFields
-from api.replies import json_reply
+from api.replies import json_reply, warnings_entry
 from api.service import new_id, owner_of, service_of
 from api.streaming import AnswerStream, fold
 from backend.interface import Finish
@@ -77,10 +77,6 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def warnings(self) -> dict[str, Any]:
-        """The entry of that name, if there is something to say."""
-        return {"warnings": self.answers.warnings} if self.answers.warnings else {}
-
     def whole(self, wholes: Sequence[Whole]) -> dict[str, Any]:
         """The object that answers a request without `stream`."""
         choices = [
@@ -88,7 +84,12 @@ class Reply:
             for each in wholes
         ]
         head = self.head(self.wording.whole)
-        return {**head, "choices": choices, "usage": self.usage(), **self.warnings()}
+        return {
+            **head,
+            "choices": choices,
+            "usage": self.usage(),
+            **warnings_entry(self.answers.warnings),
+        }
 
 
 class ReplyFrames:
@@ -133,7 +134,7 @@ class ReplyFrames:
     def _close(self, index: int, finish: Finish) -> bytes:
         self._going -= 1
         chunk = self._chunk(index, self._reply.wording.closing, finish)
-        return event(chunk if self._going else chunk | self._reply.warnings())
+        return event(chunk if self._going else chunk | warnings_entry(self._reply.answers.warnings))
 
     def _chunk(self, index: int, said: Said, finish: Finish | None = None) -> dict[str, Any]:
         reply = self._reply

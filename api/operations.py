@@ -9,15 +9,15 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from api import health, reports
 from api.auth import require_admin
-from api.bodies import parse, read_body, unknown_fields
+from api.bodies import Form, decode, parse, read_body, unknown_fields
 from api.control import Control
 from api.errors import refused
 from api.metrics import render
+from api.replies import warnings_entry
 from api.service import owner_of, service_of
 from backend.interface import Unavailable
 
@@ -89,10 +89,8 @@ async def flush_cache(request: Request) -> dict[str, Any]:
     return await Control(service_of(request)).call({"cmd": "flush"})
 
 
-class AbortRequest(BaseModel):
+class AbortRequest(Form):
     """SGLang's body of `/abort_request`."""
-
-    model_config = ConfigDict(extra="allow")
 
     rid: str | None = None
     abort_all: bool = False
@@ -107,20 +105,11 @@ async def abort_request(request: Request) -> dict[str, Any]:
     if body.abort_all == bool(body.rid):
         raise refused("either rid or abort_all is wanted", "rid")
     aborted = service.pool.abort(request_id=body.rid or None, owner=owner_of(request))
-    return {"ok": True, "aborted": aborted} | ({"warnings": warnings} if warnings else {})
-
-
-class Command(BaseModel):
-    """A verb of the control plane and its arguments."""
-
-    model_config = ConfigDict(extra="allow")
-
-    cmd: Any = None
+    return {"ok": True, "aborted": aborted, **warnings_entry(warnings)}
 
 
 @router.post("/control")
 async def control(request: Request) -> dict[str, Any]:
     """Run a verb of the control plane. For the operator."""
     require_admin(request)
-    command = parse(await read_body(request), Command)
-    return await Control(service_of(request)).call(dict(command))
+    return await Control(service_of(request)).call(decode(await read_body(request)))

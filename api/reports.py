@@ -5,10 +5,8 @@ Each can be asked for at any time; only `model_info` needs a model.
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from api.service import Service
@@ -16,6 +14,7 @@ from backend.interface import Load
 from config import Settings
 from engine.multi_device import EnginePool, ReplicaStatus
 from engine.process_age import process_age
+from engine.versions import versions
 
 PACKAGES = (
     "mini-sglang",
@@ -100,21 +99,11 @@ def server_info(service: Service) -> dict[str, Any]:
     return {
         "state": service.pool.state,
         "uptime_s": round(process_age(), 1),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "settings": _settings(service.settings),
         "limits": asdict(service.pool.limits),
         "replicas": replicas(service.pool),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _settings(settings: Settings) -> dict[str, Any]:

@@ -34,7 +34,6 @@ def build_api(settings: Settings, life: Lifecycle) -> ASGIApp:
     """Every route over one service."""
     api = FastAPI(title="mini-sglang", description="LLM inference server", redoc_url=None)
     api.state.service = life.service
-    api.state.control = life.control
     api.state.registry = open_registry(life.pool)
     for router in ROUTERS:
         api.include_router(router)

@@ -13,6 +13,7 @@ from typing import Any
 from api.answers import Answer, Ask, Piece, Whole
 from api.errors import ApiError
 from api.events import DONE, EVENT_STREAM, event
+from api.replies import warnings_entry
 from backend.interface import Finish, TokenLogprob
 from backend.tokenizer import Tokenizer
 
@@ -95,7 +96,7 @@ class Record:
 
     def _last_words(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.answer.live.submission.arrival
-        return {"e2e_latency": seconds, **({"warnings": self.warnings} if self.warnings else {})}
+        return {"e2e_latency": seconds, **warnings_entry(self.warnings)}
 
 
 class SglangFrames:

@@ -30,7 +30,7 @@ from api.bodies import (
 )
 from api.conversation import Messages, check_template_kwargs, unknown_in_messages
 from api.errors import refused
-from api.replies import json_reply
+from api.replies import json_reply, warnings_entry
 from api.service import Service, service_of
 from backend.tokenizer import Tokenizer
 from engine.text import decode
@@ -109,7 +109,7 @@ async def tokenize(request: Request) -> Response:
         "count": counts if many else counts[0],
         "max_model_len": service.model.spec.max_model_len,
     }
-    return _json(content, warnings)
+    return json_reply(content | warnings_entry(warnings))
 
 
 @router.post("/detokenize", openapi_extra=described(DetokenizeBody))
@@ -127,12 +127,7 @@ async def detokenize(request: Request) -> Response:
     skip = body.skip_special_tokens is not False
     texts = await asyncio.to_thread(_decode, tokenizer, given if many else [given], skip)
     text = texts if many else texts[0]
-    return _json({"prompt": text, "text": text}, warnings)
-
-
-def _json(content: dict[str, Any], warnings: Sequence[str]) -> Response:
-    more = {"warnings": warnings} if warnings else {}
-    return json_reply(content | more)
+    return json_reply({"prompt": text, "text": text, **warnings_entry(warnings)})
 
 
 async def _encode(service: Service, body: TokenizeBody) -> tuple[list[list[int]], bool]:

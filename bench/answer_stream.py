@@ -150,7 +150,7 @@ class AnswerReader:
         if usage := frame.get("usage"):
             record.prompt_tokens = usage["prompt_tokens"]
             record.counted_tokens = usage["completion_tokens"]
-            record.cached_tokens = _cached(usage)
+            record.cached_tokens = cached_tokens(usage)
         if error := frame.get("error"):
             record.failure = f"error event{_explain(error)}"
         if frame.get("event") == "done":
@@ -171,7 +171,7 @@ class AnswerReader:
         return None
 
 
-def _cached(usage: Frame) -> int:
+def cached_tokens(usage: Frame) -> int:
     """Prompt tokens answered by a cache, as either form of a usage says it."""
     details = usage.get("prompt_tokens_details") or {}
     return usage.get("cached_tokens") or details.get("cached_tokens") or 0

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bench.summary import Percentiles, Summary
-
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that speed depends on, those that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

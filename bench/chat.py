@@ -10,7 +10,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any, Protocol
 
 from backend.interface import EngineError, RequestRefused, SamplingParams, Unavailable
-from bench.answer_stream import CLOSING, ENDPOINTS, SHOWN
+from bench.answer_stream import CLOSING, ENDPOINTS, SHOWN, cached_tokens
 from bench.http_connection import Address
 from bench.server_facts import ANSWER_S
 
@@ -170,6 +170,4 @@ def _piece(frame: bytes) -> Piece:
 def _counts(usage: Mapping[str, Any] | None) -> Counts | None:
     if not usage:
         return None
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or 0
-    return Counts(usage["prompt_tokens"], cached, usage["completion_tokens"])
+    return Counts(usage["prompt_tokens"], cached_tokens(usage), usage["completion_tokens"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from rich.console import Console
 from backend.interface import StartFailed, Unavailable
 from bench.http_connection import Address
 from bench.server_facts import check_ready
+from engine.parent_death import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 APPLICATION = "api.server:app"
 LOOK_S = 0.1  # between two questions whether it is ready
 STOP_S = 60.0  # that it has to end its engines
-PR_SET_PDEATHSIG = 1  # prctl(2)
 SHOWN = 20  # lines of its log
 COMPLAINTS = ("WARNING", "ERROR", "CRITICAL")
 
@@ -76,14 +75,8 @@ def _start(application: str, port: int, log: IO[str]) -> subprocess.Popen[bytes]
         stdout=log,
         stderr=log,
         start_new_session=True,  # Ctrl-C ends the benchmark, and the benchmark ends the server
-        preexec_fn=_end_with_parent,
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM),  # when the benchmark is killed
     )
-
-
-def _end_with_parent() -> None:
-    """On Linux the kernel ends the server when the benchmark is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: Address, log: IO[str]) -> None:

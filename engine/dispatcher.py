@@ -45,10 +45,14 @@ class Serving:
     running: dict[str, LiveRequest] = field(default_factory=dict)
     busy_since: float | None = None  # time.monotonic() when it was last given work while idle
 
+    @property
+    def rows(self) -> int:
+        """How many requests it takes at most."""
+        return self.spec.max_running + LOOK_AHEAD
+
     def room(self, bound: int) -> int:
         """How many requests more it would take."""
-        rows = self.spec.max_running + LOOK_AHEAD
-        return max(0, min(bound or rows, rows) - len(self.running))
+        return max(0, min(bound or self.rows, self.rows) - len(self.running))
 
 
 class Dispatcher:
@@ -158,7 +162,7 @@ class Dispatcher:
             if request.name in self._names:
                 raise RequestRefused(f"rid {request.request_id!r} is in use: choose another", "rid")
         bound = self._limits.max_queued
-        most = bound + sum(each.spec.max_running + LOOK_AHEAD for each in self._serving.values())
+        most = bound + sum(each.rows for each in self._serving.values())
         if bound and len(requests) > most:
             raise RequestRefused(
                 f"{len(requests):,} answers at once are more than the server ever holds "

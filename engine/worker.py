@@ -8,7 +8,6 @@ other end the front holds, and on Linux the kernel watches as well.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
@@ -24,6 +23,7 @@ from config import BackendSettings, ConfigError, QueueSettings, read_settings
 from engine.engine import Engine, in_one_line
 from engine.log import start_log
 from engine.opening import open_backend
+from engine.parent_death import die_with_parent
 from engine.process_age import process_age
 from ipc.messages import Cancel, Failed, Flush, Flushed, Phase, Ready, Step, Submit
 from ipc.zmq_data import FrontLink, remove_endpoint
@@ -33,7 +33,6 @@ logger = logging.getLogger("engine.worker")  # as a program this module is calle
 REST_WAIT_S = 1.0  # a signal that comes just before the sleep is seen after it
 STEP_WAIT_S = 0.01  # a message may come meanwhile
 DEADLINE_WAIT_S = 0.1  # a deadline may pass, without a message
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Worker:
@@ -146,12 +145,6 @@ def watch_lifeline(endpoint: str) -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill us with the front, also while the interpreter hangs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> int:
     """Returns 1: an engine has no end of its own but failure. SIGTERM ends it with 0."""
     parser = argparse.ArgumentParser(prog="python -m engine.worker", description=__doc__)
@@ -166,7 +159,8 @@ def main() -> int:
     except StartFailed as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    die_with_parent()  # not before the link has taken its directory away: SIGKILL leaves it
+    # also while the interpreter hangs; not before the link has taken its directory away
+    die_with_parent(signal.SIGKILL)
     try:
         live(arguments.index, link)
     finally:
