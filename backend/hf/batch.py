@@ -12,11 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DecodeRows:
-    """The decodes of a step: one query token a row, the first tokens of the batch."""
+    """The decodes of a step: one query token a row, the first tokens of the batch.
+
+    A padding row of a graph stands in a slot of its own, whose table holds the spare page, and has
+    length 1.
+    """
 
     count: int
-    pages: Tensor  # [count, max_pages] int64; entries past a row's length are any valid page
+    slots: Tensor  # [count] int64
     lengths: Tensor  # [count] int64: positions a row attends to, its own included
+    table: Tensor  # [slots, max_pages] int64: page ids; those past a row's length are valid ones
+    bound: int  # pages of the longest row, or more
+
+    @property
+    def pages(self) -> Tensor:
+        """[count, bound] int64, gathered."""
+        return self.table[self.slots, : self.bound]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -40,7 +40,7 @@ class HfExecutor:
         self.cache = cache
         self._model = model
         self._attention = attention
-        self._tables = PageTables(spec, spec.device)
+        self._tables = PageTables(spec)
         self._states = SlotStates(spec.max_running, spec.vocabulary, torch.device(spec.device))
         self._sampler = Sampler(self._states)
 
@@ -49,7 +49,8 @@ class HfExecutor:
         """Run one step. Nothing is left in flight: the handle is the result."""
         for setup in plan.taken:
             self._states.take(setup)
-        batch = self._tables.batch(plan, self._states.last_token)
+        self._tables.append(plan.chunks)
+        batch = self._tables.batch(plan.chunks, self._states.last_token)
         hidden = self._model.hidden(batch, self._attention)
         result = StepTokens([()] * len(plan.chunks), scores=dict(self._score(plan, hidden)))
         sampling = _sampling(plan)

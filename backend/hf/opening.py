@@ -11,13 +11,14 @@ from importlib.util import find_spec
 import torch
 
 from backend.cache import PrefixCache
-from backend.hf.attention import ATTENTION, PagedAttention
+from backend.hf.attention import ATTENTION, AttentionSetup, PagedAttention
 from backend.hf.executor import HfExecutor
 from backend.hf.loading.resolve import ModelFiles, resolve
 from backend.hf.memory import page_budget, return_heap
 from backend.hf.models import CausalModel, config_value, positive
-from backend.hf.models.decoder import Decoder
+from backend.hf.models.decoder import Decoder, Placing
 from backend.hf.models.registry import architecture, decoder_shape
+from backend.hf.models.torch_blocks import TorchBlocks
 from backend.hf.precision import Precision, choose_precision
 from backend.interface import Backend, BackendSpec, StepExecutor, Unsupported
 from config import BackendSettings, DeviceSettings, ModelSettings, get_device
@@ -109,7 +110,9 @@ def _load_model(
     shape = decoder_shape(files.config)
     if shape is not None:
         with files.open_weights() as weights:
-            return Decoder(shape, files.config, weights, precision, device)
+            blocks = TorchBlocks(precision, device)
+            placing = Placing(device, precision, context)
+            return Decoder(shape, files.config, weights, blocks, placing)
     logger.info("%s runs through transformers' own code", architecture(files.config))
     from backend.hf.models.transformers_model import build_transformers_model  # seconds to import
 
@@ -135,9 +138,8 @@ def _open_attention(
     """The attention that `ATTN_IMPL` names, with its pool, and its name."""
     name = _choose_attention(settings.attention, device)
     module, kind = ATTENTION[name].split(":")
-    opened: PagedAttention = getattr(import_module(module), kind)(
-        model.geometry, pages, page_tokens, precision.compute, device
-    )
+    setup = AttentionSetup(model.geometry, pages, page_tokens, precision.compute, device)
+    opened: PagedAttention = getattr(import_module(module), kind)(setup)
     return opened, name
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from backend.hf.batch import ForwardBatch
@@ -40,18 +42,32 @@ class AttentionOptions:
     sinks: Tensor | None = None  # [heads]: logits in the softmax that have no value
 
 
-class PagedAttention(Protocol):
-    """Writes a step's keys and values into the pages and attends over them.
+@dataclass(frozen=True, slots=True)
+class AttentionSetup:
+    """What an implementation is opened for."""
 
-    One owner: the executor.
-    """
+    geometry: KvGeometry
+    pages: int
+    page_tokens: int
+    dtype: torch.dtype
+    device: str
+    deterministic: bool = False  # DETERMINISTIC: a row's bits depend on nothing but its sequence
+
+
+class PagedAttention(Protocol):
+    """Owns the KV pools and attends over their pages. One owner: the executor."""
+
+    @property
+    def pools(self) -> Sequence[Tensor]:
+        """One a layer, as `kv_pools` makes them."""
 
     def attend(
         self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
     ) -> Tensor:
         """Causal attention of every token of `batch` over its own sequence.
 
-        query [tokens, heads, key_width]; kv [tokens, row]: K heads, then V heads, written to
-        `batch.write_at` of this layer's pool first. Returns [tokens, heads, value_width]. heads is
-        a multiple of kv_heads: query head h reads KV head h // (heads // kv_heads).
+        query [tokens, heads, key_width]; kv [tokens, row]: K heads, then V heads, of these tokens,
+        which the model has written to `batch.write_at` of this layer's pool already. Returns
+        [tokens, heads, value_width]. heads is a multiple of kv_heads: query head h reads KV head
+        h // (heads // kv_heads).
         """

@@ -12,10 +12,12 @@ from backend.hf.attention import KvGeometry
 def kv_pools(
     geometry: KvGeometry, pages: int, page_tokens: int, dtype: torch.dtype, device: str
 ) -> list[Tensor]:
-    """One tensor a layer, [pages * page_tokens, row]: position p of page i is row i * page_tokens +
-    p.
+    """One tensor a layer, [(pages + 1) * page_tokens, row]: position p of page i is row i *
+    page_tokens + p.
+
+    The last page is the spare one, of which no cache knows: padding rows of a graph write there.
     """
-    rows = pages * page_tokens
+    rows = (pages + 1) * page_tokens
     return [_zeros(rows, geometry.row, dtype, device) for _ in range(geometry.layers)]
 
 

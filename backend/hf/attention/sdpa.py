@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backend.hf.attention import AttentionOptions, KvGeometry
+from backend.hf.attention import AttentionOptions, AttentionSetup
 from backend.hf.attention.pools import kv_pools
 from backend.hf.batch import DecodeGroup, DecodeRows, ForwardBatch, PrefillSpan
 
@@ -22,20 +22,19 @@ GATHERED_TOKENS = 1 << 14  # that decodes are gathered in at once, unless one ro
 class SdpaAttention:
     """Owns the KV pool: one tensor a layer, [pages * page_tokens, row]."""
 
-    def __init__(
-        self, geometry: KvGeometry, pages: int, page_tokens: int, dtype: torch.dtype, device: str
-    ) -> None:
-        self._geometry = geometry
-        self._page_tokens = page_tokens
-        self._pools = kv_pools(geometry, pages, page_tokens, dtype, device)
-        self._gathered = torch.empty(0, dtype=dtype, device=device)
+    def __init__(self, setup: AttentionSetup) -> None:
+        self._geometry = setup.geometry
+        self._page_tokens = setup.page_tokens
+        self.pools = kv_pools(
+            setup.geometry, setup.pages, setup.page_tokens, setup.dtype, setup.device
+        )
+        self._gathered = torch.empty(0, dtype=setup.dtype, device=setup.device)
 
     def attend(
         self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
     ) -> Tensor:
         """See `PagedAttention.attend`."""
-        pool = self._pools[layer]
-        pool.index_copy_(0, batch.write_at, kv)
+        pool = self.pools[layer]
         parts = []
         if batch.decodes.count:
             parts.append(self._decode(pool, query[: batch.decodes.count], batch, options))
@@ -89,9 +88,9 @@ class SdpaAttention:
         pages = -(-max(lengths[row] for row in members) // self._page_tokens)
         own: Tensor | slice = slice(None)
         if len(members) < rows.count:
-            own = torch.tensor(members, device=rows.pages.device)
+            own = torch.tensor(members, device=rows.slots.device)
         mask = _decode_mask(rows.lengths[own], pages * self._page_tokens, window, dtype)
-        return DecodeGroup(own, rows.pages[own, :pages], mask)
+        return DecodeGroup(own, rows.table[rows.slots[own], :pages], mask)
 
     def _prefill(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from backend.hf.attention import AttentionOptions, KvGeometry
+from backend.hf.attention import AttentionOptions, AttentionSetup
 from backend.hf.attention.pools import kv_pools
 from backend.hf.batch import ForwardBatch, PrefillSpan
 from backend.hf.kernels.paged_attention import decode_kernel, prefill_kernel, reduce_kernel
@@ -50,12 +50,11 @@ class PrefillTiles:
 class TritonAttention:
     """Owns the KV pool: one tensor a layer, [pages * page_tokens, row], on a CUDA device."""
 
-    def __init__(
-        self, geometry: KvGeometry, pages: int, page_tokens: int, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, setup: AttentionSetup) -> None:
+        geometry, dtype, device = setup.geometry, setup.dtype, setup.device
         self._geometry = geometry
-        self._page_tokens = page_tokens
-        self._pools = kv_pools(geometry, pages, page_tokens, dtype, device)
+        self._page_tokens = setup.page_tokens
+        self.pools = kv_pools(geometry, setup.pages, setup.page_tokens, dtype, device)
         self._widths = _padded(geometry.key_width), _padded(geometry.value_width)
         chip = driver.active.utils.get_device_properties(torch.device(device).index or 0)
         self._processors = chip["multiprocessor_count"]
@@ -68,8 +67,7 @@ class TritonAttention:
         self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
     ) -> Tensor:
         """See `PagedAttention.attend`."""
-        pool = self._pools[layer]
-        pool.index_copy_(0, batch.write_at, kv)
+        pool = self.pools[layer]
         if query.stride(2) != 1:
             query = query.contiguous()
         output = query.new_empty(*query.shape[:2], self._geometry.value_width)

@@ -66,5 +66,7 @@ class CausalModel(Protocol):
     def hidden(self, batch: ForwardBatch, attention: PagedAttention) -> Tensor:
         """Final hidden states, ready for the head: [tokens, hidden]."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores over the vocabulary, [rows, vocabulary] float32, for some rows of `hidden`."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Scores over the vocabulary, [rows, vocabulary] float32, for some rows of `hidden`; in
+        `out` where given.
+        """

@@ -17,10 +17,19 @@ from torch import Tensor
 from backend.hf.attention import AttentionOptions, KvGeometry, PagedAttention
 from backend.hf.batch import ForwardBatch
 from backend.hf.models import ModelConfig, WeightSource, config_value, positive
-from backend.hf.models.linear import Linear, LinearFactory
-from backend.hf.models.rope import Rotary, Rotation, rotate
+from backend.hf.models.blocks import Blocks, HeadLayout, Norm, Rotation
+from backend.hf.models.rope import read_rotary
 from backend.hf.precision import Precision
 from backend.interface import ModelBroken, Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where a model is held, in which formats, and for how many positions."""
+
+    device: str
+    precision: Precision
+    context: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,112 +90,105 @@ def sliding_window(config: ModelConfig) -> int | None:
 
 
 class WeightReader:
-    """Reads one model's tensors, fused where the decoder wants them so, in the precision it runs
-    in.
-    """
+    """Reads a checkpoint's weights by name; what takes several at once is stacked."""
 
-    def __init__(self, source: WeightSource, precision: Precision, device: str) -> None:
+    def __init__(self, source: WeightSource, epsilon: float) -> None:
         self._source = source
-        self._precision = precision
-        self._device = device
-        self.factory = LinearFactory(precision, device)
+        self._epsilon = epsilon
 
-    def vector(self, name: str, width: int) -> Tensor:
-        """A norm's weight [width]."""
-        return self._source.read(name, (width,)).to(self._device, self._precision.compute)
+    def norm(self, name: str, width: int) -> Norm:
+        return Norm(self._source.read(f"{name}.weight", (width,)), self._epsilon)
 
     def table(self, name: str, rows: int, width: int) -> Tensor:
-        """An embedding table [rows, width], kept in 16 bits where the weights are: rows are widened
-        as they are read.
-        """
-        table = self._source.read(name, (rows, width))
-        self.factory.parameters += table.numel()
-        wide = self._precision.weights == torch.float32
-        return table.to(self._device, torch.float32 if wide else table.dtype)
+        return self._source.read(f"{name}.weight", (rows, width))
 
-    def linear(self, names: dict[str, int], width: int, bias: bool) -> Linear:
-        """The product of several weights stacked: `names` maps a module's name to its rows."""
-        weights = [
-            self._source.read(f"{name}.weight", (rows, width)) for name, rows in names.items()
-        ]
-        biases = [
-            self._source.read(f"{name}.bias", (rows,)) for name, rows in names.items() if bias
-        ]
-        return self.factory.make(torch.cat(weights), torch.cat(biases) if biases else None)
+    def product(
+        self, names: dict[str, int], width: int, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight [rows, width] and bias [rows] of several products stacked: `names` maps a module's
+        name to its rows.
+        """
+        read = self._source.read
+        weights = [read(f"{name}.weight", (rows, width)) for name, rows in names.items()]
+        biases = [read(f"{name}.bias", (rows,)) for name, rows in names.items() if bias]
+        return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 class Layer:
     """One block: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(
-        self, index: int, shape: DecoderShape, reader: WeightReader, window: int | None
+        self,
+        index: int,
+        shape: DecoderShape,
+        reader: WeightReader,
+        blocks: Blocks,
+        window: int | None,
     ) -> None:
         prefix = f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self._index = index
-        self._shape = shape
+        self._heads = shape.heads, shape.head_dim
         self._options = AttentionOptions(scale=shape.head_dim**-0.5, window=window)
-        self._input_norm = reader.vector(f"{prefix}.input_layernorm.weight", shape.hidden)
-        self._qkv = reader.linear(
-            {
-                f"{attention}.q_proj": queries,
-                f"{attention}.k_proj": keys,
-                f"{attention}.v_proj": keys,
-            },
-            shape.hidden,
-            shape.qkv_bias,
+        self._qkv = blocks.normed_product(
+            reader.norm(f"{prefix}.input_layernorm", shape.hidden),
+            *reader.product(
+                {
+                    f"{attention}.q_proj": queries,
+                    f"{attention}.k_proj": keys,
+                    f"{attention}.v_proj": keys,
+                },
+                shape.hidden,
+                shape.qkv_bias,
+            ),
         )
-        self._head_norm = self._read_head_norm(attention, reader) if shape.qk_norm else None
-        self._output = reader.linear(
-            {f"{attention}.o_proj": shape.hidden}, queries, shape.output_bias
+        self._turn = blocks.turn_heads(_head_layout(shape, reader, attention))
+        self._output = blocks.added_product(
+            *reader.product({f"{attention}.o_proj": shape.hidden}, queries, shape.output_bias)
         )
-        self._mlp_norm = reader.vector(f"{prefix}.post_attention_layernorm.weight", shape.hidden)
-        self._gate_up = reader.linear(
-            {f"{mlp}.gate_proj": shape.intermediate, f"{mlp}.up_proj": shape.intermediate},
-            shape.hidden,
-            shape.mlp_bias,
+        self._gate_up = blocks.gated_product(
+            reader.norm(f"{prefix}.post_attention_layernorm", shape.hidden),
+            *reader.product(
+                {f"{mlp}.gate_proj": shape.intermediate, f"{mlp}.up_proj": shape.intermediate},
+                shape.hidden,
+                shape.mlp_bias,
+            ),
         )
-        self._down = reader.linear(
-            {f"{mlp}.down_proj": shape.hidden}, shape.intermediate, shape.mlp_bias
+        self._down = blocks.added_product(
+            *reader.product({f"{mlp}.down_proj": shape.hidden}, shape.intermediate, shape.mlp_bias)
         )
-
-    def _read_head_norm(self, attention: str, reader: WeightReader) -> Tensor:
-        """Norm weights of query and key heads, a row a head: [heads + kv_heads, head_dim]."""
-        shape = self._shape
-        query = reader.vector(f"{attention}.q_norm.weight", shape.head_dim)
-        key = reader.vector(f"{attention}.k_norm.weight", shape.head_dim)
-        return torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)])
 
     def __call__(
         self, x: Tensor, rotation: Rotation, batch: ForwardBatch, attention: PagedAttention
-    ) -> Tensor:
-        """x [tokens, hidden], the residual stream; changed in place and returned."""
-        shape = self._shape
-        normed = F.rms_norm(x, (shape.hidden,), self._input_norm, shape.epsilon)
-        x += self._output(self._attend(self._qkv(normed), rotation, batch, attention))
-        normed = F.rms_norm(x, (shape.hidden,), self._mlp_norm, shape.epsilon)
-        gate, up = self._gate_up(normed).chunk(2, dim=-1)
-        x += self._down(F.silu(gate).mul_(up))
-        return x
+    ) -> None:
+        """x [tokens, hidden], the residual stream; changed in place."""
+        self._output(self._attend(self._qkv(x), rotation, batch, attention), x)
+        self._down(self._gate_up(x), x)
 
     def _attend(
         self, qkv: Tensor, rotation: Rotation, batch: ForwardBatch, attention: PagedAttention
     ) -> Tensor:
-        """qkv [tokens, (heads + 2 kv_heads) * head_dim]; rotated in place, so that K and V are one
+        """qkv [tokens, (heads + 2 kv_heads) * head_dim]; turned in place, so that K and V are one
         row for the pages.
         """
-        shape = self._shape
-        heads = qkv.view(len(qkv), shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        rotated = heads[:, : shape.heads + shape.kv_heads]
-        if self._head_norm is not None:
-            normed = F.rms_norm(rotated, (shape.head_dim,), None, shape.epsilon)
-            torch.mul(normed, self._head_norm, out=rotated)
-        rotate(rotated, rotation)
-        query = heads[:, : shape.heads]
-        kv = qkv[:, shape.heads * shape.head_dim :]
+        heads, width = self._heads
+        self._turn(qkv, rotation, attention.pools[self._index], batch.write_at)
+        query = qkv[:, : heads * width].view(len(qkv), heads, width)
+        kv = qkv[:, heads * width :]
         mixed = attention.attend(self._index, query, kv, batch, self._options)
-        return mixed.reshape(len(qkv), shape.heads * shape.head_dim)
+        return mixed.reshape(len(qkv), heads * width)
+
+
+def _head_layout(shape: DecoderShape, reader: WeightReader, attention: str) -> HeadLayout:
+    """The heads of the layer whose attention's weights have this prefix."""
+    norms = {}
+    if shape.qk_norm:
+        norms = {
+            "query_norm": reader.norm(f"{attention}.q_norm", shape.head_dim),
+            "key_norm": reader.norm(f"{attention}.k_norm", shape.head_dim),
+        }
+    return HeadLayout(shape.heads, shape.kv_heads, shape.head_dim, **norms)
 
 
 class Decoder:
@@ -197,35 +199,43 @@ class Decoder:
         shape: DecoderShape,
         config: ModelConfig,
         source: WeightSource,
-        precision: Precision,
-        device: str,
+        blocks: Blocks,
+        placing: Placing,
     ) -> None:
-        reader = WeightReader(source, precision, device)
+        reader = WeightReader(source, shape.epsilon)
         windows = shape.windows or (None,) * shape.layers
-        self._shape = shape
-        self._compute = precision.compute
-        self._rotary = Rotary(config, shape.head_dim, precision.compute, device)
-        self._table = reader.table("model.embed_tokens.weight", shape.vocabulary, shape.hidden)
-        self._layers = [Layer(index, shape, reader, window) for index, window in enumerate(windows)]
-        self._norm = reader.vector("model.norm.weight", shape.hidden)
-        self._head = (
-            reader.factory.make(self._table)
-            if shape.tied
-            else reader.linear({"lm_head": shape.vocabulary}, shape.hidden, bias=False)
+        self._compute = placing.precision.compute
+        self._table = self._place_table(reader, shape, placing)
+        rotary = read_rotary(config, shape.head_dim)
+        self._turn_positions = blocks.turn_positions(rotary, placing.context)
+        self._layers = [
+            Layer(index, shape, reader, blocks, window) for index, window in enumerate(windows)
+        ]
+        self._norm = blocks.norm(reader.norm("model.norm", shape.hidden))
+        self._head = blocks.head(
+            self._table if shape.tied else reader.table("lm_head", shape.vocabulary, shape.hidden)
         )
         self.geometry = KvGeometry(shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
         self.vocabulary = shape.vocabulary
-        self.parameters = reader.factory.parameters - shape.tied * self._table.numel()
-        self.weight_bytes = reader.factory.weight_bytes
+        self.parameters = blocks.parameters + (not shape.tied) * self._table.numel()
+        self.weight_bytes = blocks.weight_bytes
+
+    def _place_table(self, reader: WeightReader, shape: DecoderShape, placing: Placing) -> Tensor:
+        """The embedding table, kept in 16 bits where the weights are: rows are widened as they are
+        read.
+        """
+        table = reader.table("model.embed_tokens", shape.vocabulary, shape.hidden)
+        wide = placing.precision.weights == torch.float32
+        return table.to(placing.device, torch.float32 if wide else table.dtype)
 
     def hidden(self, batch: ForwardBatch, attention: PagedAttention) -> Tensor:
         """Final hidden states, ready for the head: [tokens, hidden]."""
         x = F.embedding(batch.token_ids, self._table).to(self._compute)
-        rotation = self._rotary.at(batch.positions)
+        rotation = self._turn_positions(batch.positions)
         for layer in self._layers:
-            x = layer(x, rotation, batch, attention)
-        return F.rms_norm(x, (self._shape.hidden,), self._norm, self._shape.epsilon)
+            layer(x, rotation, batch, attention)
+        return self._norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores over the vocabulary: [rows, vocabulary] float32."""
-        return self._head(hidden).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Scores over the vocabulary: [rows, vocabulary] float32, in `out` where given."""
+        return self._head(hidden, out)

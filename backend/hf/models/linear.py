@@ -7,6 +7,7 @@ and the plain product stands in for it where it is missing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -73,30 +74,12 @@ def onednn_packs(dtype: torch.dtype) -> bool:
     return True
 
 
-class LinearFactory:
-    """Makes every product of one model, all of the same kind.
-
-    `weight_bytes` adds up what they read.
+def linear_kind(precision: Precision, device: str) -> Callable[[Tensor, Tensor | None], Linear]:
+    """Which product is the fastest there; takes a weight [out, in] and a bias in the compute dtype,
+    on the device.
     """
-
-    def __init__(self, precision: Precision, device: str) -> None:
-        self._precision = precision
-        self._device = device
-        self._kind = self._choose()
-        self.parameters = 0
-        self.weight_bytes = 0
-
-    def _choose(self) -> type[PlainLinear] | type[OneDnnLinear] | type[HalfWeightLinear]:
-        if self._device != "cpu":
-            return PlainLinear
-        if self._precision.weights != self._precision.compute:
-            return HalfWeightLinear
-        return OneDnnLinear if onednn_packs(self._precision.weights) else PlainLinear
-
-    def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A product with `weight` [out, in] and `bias` [out], which may be freed afterwards."""
-        self.parameters += weight.numel()
-        self.weight_bytes += weight.numel() * self._precision.weights.itemsize
-        if bias is not None:
-            bias = bias.to(self._device, self._precision.compute)
-        return self._kind(weight.to(self._device, self._precision.compute), bias)
+    if device != "cpu":
+        return PlainLinear
+    if precision.weights != precision.compute:
+        return HalfWeightLinear
+    return OneDnnLinear if onednn_packs(precision.weights) else PlainLinear

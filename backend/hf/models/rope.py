@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from backend.hf.models import ModelConfig, config_value, positive
 from backend.interface import Unsupported
 
 Parameters = dict[str, Any]
-Rotation = tuple[Tensor, Tensor]  # cos, sin: [tokens, 1, head_dim], the first half of sin negated
 
 
 def rope_parameters(config: ModelConfig) -> Parameters:
@@ -102,33 +102,19 @@ ROPE_TYPES: dict[str, Callable[[Parameters, int, ModelConfig], tuple[Tensor, flo
 }
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class Rotary:
-    """Angles of one model.
+    """Angles of one model: position * frequency, for each pair of a head's halves."""
 
-    Holds one frequency a pair; cos and sin are made anew each step, once for all layers.
-    """
-
-    def __init__(self, config: ModelConfig, head_dim: int, dtype: torch.dtype, device: str) -> None:
-        parameters = rope_parameters(config)
-        kind = config_value(parameters, "rope_type", str)
-        if kind not in ROPE_TYPES:
-            known = ", ".join(ROPE_TYPES)
-            raise Unsupported(f"rope scaling {kind!r} is not among those served ({known})")
-        frequencies, self._scale = ROPE_TYPES[kind](parameters, head_dim, config)
-        self._frequencies = torch.cat([frequencies, frequencies]).to(device)
-        self._dtype = dtype
-        self._sign = torch.ones(head_dim, device=device)
-        self._sign[: head_dim // 2] = -1
-
-    def at(self, positions: Tensor) -> Rotation:
-        """cos and signed sin for `positions` [tokens]."""
-        angles = positions[:, None, None].float() * self._frequencies
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale * self._sign
-        return cos.to(self._dtype), sin.to(self._dtype)
+    frequencies: Tensor  # [head_dim / 2] float32, on the CPU
+    scale: float  # on cos and sin
 
 
-def rotate(heads: Tensor, rotation: Rotation) -> None:
-    """Turn `heads` [tokens, heads, head_dim] in place."""
-    cos, sin = rotation
-    swapped = heads.roll(heads.shape[-1] // 2, -1)
-    heads.mul_(cos).addcmul_(swapped, sin)
+def read_rotary(config: ModelConfig, head_dim: int) -> Rotary:
+    """What a config.json says. Raises Unsupported for a scaling that is not served."""
+    parameters = rope_parameters(config)
+    kind = config_value(parameters, "rope_type", str)
+    if kind not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        raise Unsupported(f"rope scaling {kind!r} is not among those served ({known})")
+    return Rotary(*ROPE_TYPES[kind](parameters, head_dim, config))

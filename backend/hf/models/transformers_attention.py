@@ -62,6 +62,7 @@ class PagedStep:
         options: AttentionOptions,
     ) -> Tensor:
         kv = torch.cat((key.flatten(1), value.flatten(1)), dim=1)
+        self.attention.pools[layer].index_copy_(0, self.batch.write_at, kv)
         return self.attention.attend(layer, query, kv, self.batch, options)
 
 

@@ -79,11 +79,11 @@ class TransformersModel:
         state = self._decoder(input_ids=token_ids, use_cache=False)
         return state.last_hidden_state, self.model(input_ids=token_ids, use_cache=False).logits
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         logits: Tensor = self._head(hidden).float()
         for apply, value in self._logit_steps:
             logits = apply(logits, value)
-        return logits
+        return logits if out is None else out.copy_(logits)
 
 
 def build_transformers_model(

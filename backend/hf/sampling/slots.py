@@ -59,7 +59,7 @@ class SlotStates:
     """Sampling state of `max_running` slots on `device`."""
 
     def __init__(self, max_running: int, vocabulary: int, device: torch.device) -> None:
-        self.last_token = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self.last_token = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
         self._vocabulary = vocabulary
         self._temperature = torch.ones(max_running, device=device)
         self._draws = torch.zeros(max_running, 4, dtype=torch.int64, device=device)

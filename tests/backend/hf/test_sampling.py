@@ -225,7 +225,7 @@ def test_a_drawn_token_is_the_last_of_its_slot_and_of_no_other() -> None:
     for slot in range(4):
         states.take(setup_for(slot, SamplingParams(temperature=1.0 * (slot % 2))))
     tokens = Sampler(states).sample(random_rows(2, SMALL), [3, 0], [8, 9]).tolist()
-    assert states.last_token.tolist() == [tokens[1], 0, 0, tokens[0]]
+    assert states.last_token[:4].tolist() == [tokens[1], 0, 0, tokens[0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend.hf.attention import AttentionOptions, KvGeometry
+from backend.hf.attention import AttentionOptions, AttentionSetup, KvGeometry
 from backend.hf.attention.sdpa import GATHERED_TOKENS, SdpaAttention
 from backend.hf.batch import DecodeRows, ForwardBatch, PrefillSpan
 
@@ -32,7 +32,9 @@ class Sequences:
         self.count = sum(pages)
         free = torch.randperm(self.count)
         self.tables: list[Tensor] = list(free.split(pages))
-        self.attention = SdpaAttention(GEOMETRY, self.count, PAGE, torch.float32, "cpu")
+        self.attention = SdpaAttention(
+            AttentionSetup(GEOMETRY, self.count, PAGE, torch.float32, "cpu")
+        )
 
     def places(self, sequence: int, positions: Tensor) -> Tensor:
         return self.tables[sequence][positions // PAGE] * PAGE + positions % PAGE
@@ -46,13 +48,14 @@ class Sequences:
         """
         parts = [(s, torch.tensor([len(self.rows[s]) - 1])) for s in decodes]
         parts += [(s, torch.arange(start, len(self.rows[s]))) for s, start in chunks]
-        pool = self.attention._pools[0]
+        pool = self.attention.pools[0]
         for s, positions in parts:  # what came before stands there already
             before = torch.arange(int(positions[0]))
             pool[self.places(s, before)] = self.rows[s][before]
         query = torch.randn(sum(len(positions) for _, positions in parts), HEADS, 8)
         batch = self.batch(parts, len(decodes))
         kv = torch.cat([self.rows[s][positions] for s, positions in parts])
+        pool.index_copy_(0, batch.write_at, kv)
         got = self.attention.attend(0, query, kv, batch, options)
         owners = [(s, int(position)) for s, positions in parts for position in positions]
         right = [
@@ -74,7 +77,7 @@ class Sequences:
             token_ids=torch.zeros(offset, dtype=torch.int64),
             positions=torch.cat([positions for _, positions in parts]),
             write_at=torch.cat([self.places(s, positions) for s, positions in parts]),
-            decodes=DecodeRows(decodes, tables, lengths),
+            decodes=DecodeRows(decodes, torch.arange(decodes), lengths, tables, tables.shape[1]),
             spans=tuple(spans),
         )
 

@@ -110,12 +110,12 @@ class LoopAttention:
 
     def __init__(self, geometry: KvGeometry) -> None:
         self.geometry = geometry
-        self.pool = torch.full((geometry.layers, PAGES * PAGE, geometry.row), float("nan"))
+        pool = torch.full((geometry.layers, PAGES * PAGE, geometry.row), float("nan"))
+        self.pools: list[Tensor] = list(pool)
 
     def attend(
         self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
     ) -> Tensor:
-        self.pool[layer, batch.write_at] = kv
         pages = list(batch.decodes.pages)
         for span in batch.spans:
             pages += [span.pages] * span.count
@@ -127,7 +127,7 @@ class LoopAttention:
     ) -> Tensor:
         shape = self.geometry
         slots = [int(pages[p // PAGE]) * PAGE + p % PAGE for p in range(position + 1)]
-        rows = self.pool[layer, slots[-options.window :] if options.window else slots]
+        rows = self.pools[layer][slots[-options.window :] if options.window else slots]
         keys, values = rows.tensor_split([shape.kv_heads * shape.key_width], dim=1)
         group = len(query) // shape.kv_heads
         output = []
@@ -172,8 +172,10 @@ def forward_batch(decodes: list[Chunk], spans: list[Chunk]) -> ForwardBatch:
         write_at=torch.tensor([int(TABLES[s, p // PAGE]) * PAGE + p % PAGE for s, p in tokens]),
         decodes=DecodeRows(
             len(decodes),
-            TABLES[[s for s, _, _ in decodes]],
+            torch.tensor([s for s, _, _ in decodes], dtype=torch.int64),
             torch.tensor(lengths),
+            TABLES,
+            TABLES.shape[1],
         ),
         spans=tuple(prefills),
     )

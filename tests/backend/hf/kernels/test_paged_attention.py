@@ -24,7 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from backend.hf.attention import ATTENTION, AttentionOptions, KvGeometry, PagedAttention
+from backend.hf.attention import (
+    ATTENTION,
+    AttentionOptions,
+    AttentionSetup,
+    KvGeometry,
+    PagedAttention,
+)
 from backend.hf.batch import DecodeRows, ForwardBatch, PrefillSpan
 from backend.interface import SamplingParams
 from config import (
@@ -68,7 +74,8 @@ class Case:
     def open(self, name: str, pages: int, dtype: torch.dtype) -> Any:
         geometry = KvGeometry(1, self.kv_heads, self.key_width, self.value_width)
         module, kind = ATTENTION[name].split(":")
-        return getattr(import_module(module), kind)(geometry, pages, self.page, dtype, "cuda")
+        setup = AttentionSetup(geometry, pages, self.page, dtype, "cuda")
+        return getattr(import_module(module), kind)(setup)
 
 
 def of_width(width: int, dtype: torch.dtype) -> Case:
@@ -140,11 +147,12 @@ class Sequences:
         batch: ForwardBatch,
         starts: list[tuple[int, int]],
     ) -> Tensor:
-        (pool,) = attention._pools  # type: ignore[attr-defined]
+        (pool,) = attention.pools
         pool.fill_(rest)
         for s, at in starts:
             before = torch.arange(at, device="cuda")
             pool[self.places(s, before)] = self.rows[s][before].to(pool.dtype)
+        pool.index_copy_(0, batch.write_at, kv)
         return attention.attend(0, query, kv, batch, self.case.options())
 
     def batch(self, parts: list[tuple[int, Tensor]], decodes: int) -> ForwardBatch:
@@ -161,7 +169,13 @@ class Sequences:
             token_ids=torch.zeros(offset, dtype=torch.int64, device="cuda"),
             positions=torch.cat([positions for _, positions in parts]),
             write_at=torch.cat([self.places(s, positions) for s, positions in parts]),
-            decodes=DecodeRows(decodes, tables, torch.tensor(lengths, device="cuda")),
+            decodes=DecodeRows(
+                decodes,
+                torch.arange(decodes, device="cuda"),
+                torch.tensor(lengths, device="cuda"),
+                tables,
+                tables.shape[1],
+            ),
             spans=tuple(spans),
         )
 
