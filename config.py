@@ -87,7 +87,13 @@ class DeviceSettings(Part):
     """Where the model runs and by which kernels."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", alias="DEVICE")
-    attention: Literal["auto", "sdpa", "triton"] = Field("auto", alias="ATTN_IMPL")
+    attention: Literal["auto", "sdpa", "triton", "flash", "flashinfer"] = Field(
+        "auto", alias="ATTN_IMPL"
+    )
+    flash: bool = Field(True, alias="ENABLE_FLASH_ATTENTION")  # may `auto` take flash-attn
+    cuda_graph: bool = Field(True, alias="ENABLE_CUDA_GRAPH")  # decode steps as one launch
+    compile_model: bool = Field(False, alias="COMPILE_MODEL")  # torch.compile between products
+    deterministic: bool = Field(False, alias="DETERMINISTIC")  # bits free of company
     memory_fraction: float = Field(
         0.9, gt=0, le=1, alias="MEMORY_FRACTION"
     )  # of the device's memory
@@ -104,12 +110,20 @@ class CacheSettings(Part):
 
 
 class BatchSettings(Part):
-    """How much is computed at once."""
+    """How much is computed at once. 0: what suits the device, see `resolve_limits`."""
 
-    max_running: int = Field(64, ge=1, le=4096, alias="MAX_RUNNING")  # rows of a batch
+    max_running: int = Field(0, ge=0, le=4096, alias="MAX_RUNNING")  # rows of a batch
     max_step_tokens: int = Field(
-        512, ge=1, le=1 << 20, alias="MAX_STEP_TOKENS"
+        0, ge=0, le=1 << 20, alias="MAX_STEP_TOKENS"
     )  # token budget of a step
+
+
+def resolve_limits(batch: BatchSettings, device: str) -> BatchSettings:
+    """`batch` without zeros: 64 rows and 512 tokens, on a CUDA device 256 and 8,192."""
+    rows, tokens = (256, 8192) if device == "cuda" else (64, 512)
+    return BatchSettings(
+        max_running=batch.max_running or rows, max_step_tokens=batch.max_step_tokens or tokens
+    )
 
 
 class FakeSettings(Part):

@@ -31,13 +31,15 @@ from bench.script import Parser, positive, run_script, start_log
 from bench.summary import Summary, median_index, spread, summarise
 from bench.workloads import WORKLOADS, Workload, repeated
 from config import Settings, read_settings
+from engine.collector import settle_collector
 from engine.versions import versions
 
 if TYPE_CHECKING:
     from engine.llm import LLM
 
 WARM_PROMPT, WARM_NEW = 32, 4  # tokens
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")  # that speed is owed to
+# that speed is owed to
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def parse() -> argparse.Namespace:
@@ -164,6 +166,8 @@ def run_workload(options: argparse.Namespace, settings: Settings) -> int:
         spec, workload = llm.spec, choose(options, llm)
         order = options.compare and order_for(workload, spec, made_up, options.repeat)
         concurrency = min(options.concurrency or len(workload.jobs), len(workload.jobs))
+        settle_collector()
+        llm.prepare()
         runs = measure(llm, workload, concurrency, options.repeat)
         ceiling = ceiling_of(spec)
     result = fold(runs, spec, ceiling)
@@ -189,6 +193,8 @@ def run_decode_step(options: argparse.Namespace, settings: Settings) -> int:
 
     with LLM(settings) as llm:
         spec = llm.spec
+        settle_collector()
+        llm.prepare()
         quiet = list(measure_batches(llm.engine, spec, options.repeat))
         ceiling = ceiling_of(spec)
     steps = [decode_step(batch, works, spec, ceiling) for batch, works in quiet]

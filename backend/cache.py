@@ -277,10 +277,11 @@ class PrefixCache:
         False, and nothing changed, when the pages are not to be had.
         """
         missing = -(-positions // self.page_tokens) - len(lease.pages)
+        if missing <= 0:
+            return True
         if missing > self.available:
             return False
-        if missing > 0:
-            lease.pages += self._take(missing)
+        lease.pages += self._take(missing)
         return True
 
     def _take(self, count: int) -> list[int]:

@@ -46,7 +46,7 @@ from backend.interface import (
     StepTokens,
     TokenLogprob,
 )
-from config import BackendSettings, FakeSettings
+from config import BackendSettings, FakeSettings, resolve_limits
 
 DEFAULT_TOKENS = 1 << 18  # capacity of the cache, with no budget given
 DEFAULT_MODEL_LEN = 8192
@@ -263,14 +263,14 @@ class FakeExecutor:
         if self._flights[0] is not handle:
             raise RuntimeError("steps were collected out of order")
         step = self._flights.popleft()
-        delay = step.done - time.monotonic()
-        if delay > 0:
-            time.sleep(delay)
+        time.sleep(max(0.0, step.done - time.monotonic()))
         if 0 < self._script.fail_at_step <= step.number:
-            raise DeviceLost(
-                f"the fake device was lost at step {step.number}, as FAKE_FAIL_AT_STEP asks"
-            )
+            raise DeviceLost(f"the fake device was lost at step {step.number}: FAKE_FAIL_AT_STEP")
         return step.tokens
+
+    def prepare(self) -> bool:
+        """Nothing to prepare."""
+        return False
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -341,6 +341,7 @@ def open_backend(
     model, stop_ids = _byte_model() if folder is None else _folder_model(Path(folder))
     size = settings.cache.page_tokens
     pages = max(1, (settings.cache.budget_tokens or DEFAULT_TOKENS) // size)
+    limits = resolve_limits(settings.batch, "cpu")
     spec = BackendSpec(
         name="fake",
         model="fake" if folder is None else settings.model.served_name,
@@ -350,8 +351,8 @@ def open_backend(
         stop_ids=stop_ids,
         page_tokens=size,
         pages=pages,
-        max_running=settings.batch.max_running,
-        max_step_tokens=settings.batch.max_step_tokens,
+        max_running=limits.max_running,
+        max_step_tokens=limits.max_step_tokens,
         depth=settings.fake.depth,
         device="cpu",
         dtype="uint32",

@@ -268,6 +268,12 @@ class Backend(Protocol):
         Called while nothing runs.
         """
 
+    def prepare(self) -> bool:
+        """Do one bounded piece of work that makes later steps faster, some tens of milliseconds.
+
+        Called while nothing runs. False: nothing is left to do.
+        """
+
     def flush(self) -> int:
         """Give up every cached prefix that is not in use. Returns the pages freed."""
 
@@ -292,9 +298,10 @@ class SlotSetup:
     output: tuple[int, ...] = ()  # likewise: generated before the slot was taken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that triples the cost of what is made for every row and step
 class Chunk:
-    """Consecutive positions of one sequence in one step. A decode is a chunk of one.
+    """Consecutive positions of one sequence in one step. A decode is a chunk of one. Nobody changes
+    it.
 
     `tokens` None: the input is the id that the slot sampled last, which may still be on the device.
     A chunk that samples draws the token at position `start + count`. `targets` are the ids whose
@@ -305,9 +312,8 @@ class Chunk:
     start: int
     count: int
     tokens: Sequence[int] | None
-    pages: Sequence[
-        int
-    ]  # appended to the slot's page table before the step; the first chunk brings all (table reset)
+    # appended to the slot's page table before the step; the first chunk brings all (table reset)
+    pages: Sequence[int]
     first: bool  # the slot was newly taken: its page table starts empty
     samples: bool
     logprobs: bool = False  # of the sampled token
@@ -375,6 +381,9 @@ class StepExecutor(Protocol):
 
         Raises DeviceLost when the device is gone: every sequence then ends with that error.
         """
+
+    def prepare(self) -> bool:
+        """As `Backend.prepare`."""
 
     def close(self) -> None:
         """Give back the device. Called once."""

@@ -44,10 +44,10 @@ def summary_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "whole answer", milliseconds(summary.e2e_ms)
 
 
-def milliseconds(times: Percentiles) -> str:
+def milliseconds(times: Percentiles, digits: int = 1) -> str:
     """The three percentiles in a row."""
     values = (times.p50, times.p90, times.p99)
-    return " / ".join("-" if value is None else f"{value:,.1f}" for value in values) + " ms"
+    return " / ".join("-" if value is None else f"{value:,.{digits}f}" for value in values) + " ms"
 
 
 def percent(share: float | None) -> str:

@@ -42,14 +42,14 @@ def rows(batch: int, spec: BackendSpec, seed: int) -> Workload:
 
 
 def measure_batches(
-    engine: Steppable, spec: BackendSpec, repeat: int
+    engine: Steppable, spec: BackendSpec, repeat: int, batches: Sequence[int] = BATCHES
 ) -> Iterator[tuple[int, list[StepWork]]]:
     """Each batch size with its quiet steps. A first run of each warms up and does not count.
 
     Raises Unsupported when the engine is too small for the largest.
     """
-    _check_room(spec)
-    for batch in BATCHES:
+    _check_room(spec, max(batches))
+    for batch in batches:
         quiet: list[StepWork] = []
         for turn in range(repeat + 1):
             workload = rows(batch, spec, seed=1000 * turn + batch)
@@ -59,8 +59,7 @@ def measure_batches(
         yield batch, quiet
 
 
-def _check_room(spec: BackendSpec) -> None:
-    batch = max(BATCHES)
+def _check_room(spec: BackendSpec, batch: int) -> None:
     if spec.max_running < batch:
         raise Unsupported(
             f"a batch of {batch} is wanted, MAX_RUNNING is {spec.max_running}: raise it"

@@ -34,12 +34,37 @@ class StepWork:
     interval: float  # since the step before had settled
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What a step cannot do without, in seconds."""
+
+    products: float  # with the weights
+    weights: float  # to read them
+    attention: float  # to read keys and values
+
+    @property
+    def shortest(self) -> float:
+        """With the weights read while they are multiplied by."""
+        return max(self.products, self.weights) + self.attention
+
+    @property
+    def in_turn(self) -> float:
+        """With nothing at the same time."""
+        return self.products + self.weights + self.attention
+
+
+def step_floor(work: StepWork, spec: BackendSpec, ceiling: Ceiling) -> Floor:
+    """The parts that `work` has on a device."""
+    return Floor(
+        products=2 * spec.parameters * work.positions / ceiling.flops_per_s,
+        weights=spec.weight_bytes / ceiling.read_bytes_per_s,
+        attention=spec.kv_bytes_per_token * work.context / ceiling.read_bytes_per_s,
+    )
+
+
 def step_floor_s(work: StepWork, spec: BackendSpec, ceiling: Ceiling) -> float:
     """The shortest time that `work` can take, in seconds."""
-    products = 2 * spec.parameters * work.positions / ceiling.flops_per_s
-    weights = spec.weight_bytes / ceiling.read_bytes_per_s
-    attention = spec.kv_bytes_per_token * work.context / ceiling.read_bytes_per_s
-    return max(products, weights) + attention
+    return step_floor(work, spec, ceiling).shortest
 
 
 def roofline_share(

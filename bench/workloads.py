@@ -94,6 +94,22 @@ def alike(count: int, prompt_tokens: int, new_tokens: int, vocabulary: int, seed
     return Workload(f"{count} alike", tuple(jobs))
 
 
+def shared_prefixes(
+    groups: int, members: int, shared: int, own: int, new_tokens: int, vocabulary: int
+) -> Workload:
+    """`groups` prefixes of `shared` tokens, each in front of the `own` tokens of `members`
+    requests, greedy; the first request of every group, then the second of every group, and so on.
+    """
+    draw = random.Random(0)
+    prefixes = [_ids(draw, shared, vocabulary) for _ in range(groups)]
+    jobs = tuple(
+        Job((*prefix, *_ids(draw, own, vocabulary)), new_tokens)
+        for _ in range(members)
+        for prefix in prefixes
+    )
+    return Workload("shared prefixes", jobs)
+
+
 def repeated(prompt: tuple[int, ...], new_tokens: int, count: int) -> Workload:
     """One prompt, `count` times, greedy."""
     return Workload("prompt", (Job(prompt, new_tokens),) * count)

@@ -140,6 +140,16 @@ class Engine:
         """Run `tokens` decode steps for nobody. Returns the steps run. Called while idle."""
         return self._backend.warm(tokens)
 
+    def prepare(self) -> bool:
+        """Use an idle moment for what makes later steps faster. False: nothing is left to do."""
+        if self._failure is not None:
+            return False
+        try:
+            return self._backend.prepare()
+        except Exception as error:
+            self._fail(error)
+            return False
+
     def flush(self) -> int:
         """Give up every cached prefix that is not in use. Returns the pages freed."""
         return self._backend.flush()

@@ -280,6 +280,11 @@ class LLM:
             if self._streams.pop(stream.submission.id, None) is not None:
                 self.engine.cancel(stream.submission.id)
 
+    def prepare(self) -> None:
+        """Do now what a server does in idle moments, such as capturing CUDA graphs."""
+        while self.engine.prepare():
+            continue
+
     def close(self) -> None:
         """Give back the device."""
         self.engine.close()

@@ -45,9 +45,8 @@ class Draft:
     sequences: list[Sequence] = field(default_factory=list)
     taken: list[SlotSetup] = field(default_factory=list)
 
-    def add(self, sequence: Sequence) -> None:
-        """Plan the next chunk of `sequence`."""
-        chunk = sequence.next_chunk(self.budget)
+    def add(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Let the step have the next `chunk` of `sequence`."""
         self.budget -= chunk.count
         self.chunks.append(chunk)
         self.sequences.append(sequence)
@@ -98,6 +97,7 @@ class Scheduler:
             number=self._count,
             stop_ids=frozenset((*own, *sampling.stop_token_ids)),
             ids=[*submission.prompt, *submission.received],
+            limit=len(submission.prompt) + submission.max_new_tokens,
             scored=bool(submission.received),  # they came with the first token
         )
         self._count += 1
@@ -170,18 +170,20 @@ class Scheduler:
             sequence = self._running[index]
             index += 1
             if sequence.decodes and self._grow(sequence):
-                draft.add(sequence)
+                draft.add(sequence, sequence.next_decode())
 
     def _plan_prompts(self, draft: Draft) -> None:
         for sequence in self._running:
             if draft.budget and sequence.prefilling:
-                draft.add(sequence)
+                draft.add(sequence, sequence.next_chunk(draft.budget))
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Start waiting sequences in order, while there are rows, pages and budget for them.
 
         A sequence whose group has a prompt under way is passed over: it will lease those pages.
         """
+        if not self._waiting:
+            return
         under_way = {each.submission.group for each in self._running if not each.prompt_settled}
         for sequence in list(self._waiting):
             if not (draft.budget and self._slots):
@@ -193,7 +195,7 @@ class Scheduler:
                 return
             self._waiting.remove(sequence)
             under_way.add(group)
-            draft.add(sequence)
+            draft.add(sequence, sequence.next_chunk(draft.budget))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and pages for all that it knows.
@@ -251,23 +253,34 @@ class Scheduler:
 
     def _settle(self, flight: Flight) -> StepOutput:
         """Wait for a step and hand out what it brought."""
+        self._enter_prompts(flight)
         results = self.executor.collect(flight.handle)
         self._steps += 1
         output = StepOutput([], flight.plan.tokens, time.monotonic() - flight.launched)
         for index, (sequence, chunk) in enumerate(
             zip(flight.sequences, flight.plan.chunks, strict=True)
         ):
-            sequence.here.inflight -= 1
-            sequence.here.sampling -= chunk.samples
+            here = sequence.here
+            here.inflight -= 1
+            here.sampling -= chunk.samples
             if sequence.leaving:
                 self._retire(sequence)
                 continue
-            sequence.here.settled = chunk.start + chunk.count
+            here.settled = chunk.start + chunk.count
             sequence.scores += results.scores.get(index, ())
             delta = self._take(sequence, results.tokens[index], results.logprobs.get(index, ()))
             if delta is not None:
                 output.deltas.append(delta)
         return output
+
+    def _enter_prompts(self, flight: Flight) -> None:
+        """Enter the prompt pages of a step into the tree. Nothing is planned before it has settled,
+        and this work is not waited for: the device has its own.
+        """
+        for sequence, chunk in zip(flight.sequences, flight.plan.chunks, strict=True):
+            if chunk.tokens is not None and not sequence.leaving:
+                lease = sequence.here.lease
+                self.cache.commit(lease, sequence.ids, chunk.start + chunk.count)
 
     def _take(
         self, sequence: Sequence, tokens: Values[int], logprobs: Values[TokenLogprob]
@@ -277,14 +290,9 @@ class Scheduler:
         self.cache.commit(sequence.here.lease, sequence.ids, sequence.here.settled)
         if not (count or finish):
             return None
-        delta = Delta(
-            sequence.submission.id,
-            tokens[:count],
-            finish,
-            cached=sequence.report(),
-            logprobs=logprobs[:count],
-            prompt_logprobs=sequence.report_scores(),
-        )
+        delta = Delta(sequence.submission.id, tokens[:count], finish, logprobs=logprobs[:count])
+        if not sequence.reported:
+            delta.cached, delta.prompt_logprobs = sequence.report(), sequence.report_scores()
         if finish:
             del self._live[sequence.submission.id]
             self._leave(sequence, returns=False)
@@ -321,6 +329,10 @@ class Scheduler:
         while "warm" in self._live:
             self._step()  # the news of others stay for `advance`
         return self._steps - before
+
+    def prepare(self) -> bool:
+        """Let the executor use the time."""
+        return self.executor.prepare()
 
     def flush(self) -> int:
         """Give up every cached prefix that is not in use."""

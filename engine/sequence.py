@@ -38,6 +38,7 @@ class Sequence:
     number: int  # order of arrival: the highest is the youngest
     stop_ids: frozenset[int]
     ids: list[int]  # prompt and settled output
+    limit: int  # `ids` never get longer
     placement: Placement | None = None
     cached: int | None = None  # prompt tokens that the cache answered at first; None: never ran
     reported: bool = False  # `cached` has gone out
@@ -45,15 +46,6 @@ class Sequence:
     scores: list[TokenLogprob] = field(default_factory=list)
     leaving: bool = False  # ended or yielding: results of steps in flight are dropped
     returns: bool = False  # with leaving: goes back to the queue instead of ending
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.submission.prompt)
-
-    @property
-    def generated(self) -> int:
-        """Tokens of the answer that are settled, those received before included."""
-        return len(self.ids) - self.prompt_tokens
 
     @property
     def here(self) -> Placement:
@@ -88,13 +80,13 @@ class Sequence:
         """Whether a next token can be planned: the prompt is under way, and not all tokens are
         promised yet.
         """
-        promised = self.generated + self.here.sampling
-        return not self.prefilling and promised < self.submission.max_new_tokens
+        here = self.here
+        return here.planned >= here.prefill_end and len(self.ids) + here.sampling < self.limit
 
     @property
     def growth(self) -> int:
         """Tokens that may still come."""
-        return self.submission.max_new_tokens - self.generated
+        return self.limit - len(self.ids)
 
     def is_late(self, now: float) -> bool:
         """Whether its deadline has passed before it ever ran. `now` is time.monotonic()."""
@@ -105,7 +97,7 @@ class Sequence:
         """Start to run, in `slot`, on the pages of `lease`."""
         self.placement = Placement(slot, lease, len(self.ids), lease.shared, lease.shared)
         if self.cached is None:
-            self.cached = min(lease.shared, self.prompt_tokens)
+            self.cached = min(lease.shared, len(self.submission.prompt))
 
     def displace(self) -> Lease:
         """Stop running.
@@ -124,13 +116,14 @@ class Sequence:
 
         Returns how many were taken, and that end.
         """
+        ids = self.ids
         for count, token in enumerate(tokens, start=1):
-            self.ids.append(token)
+            ids.append(token)
             if token in self.stop_ids:
                 return count, Finish("stop", matched=token)
-            if not self.growth:
+            if len(ids) == self.limit:
                 return count, Finish("length")
-        done = self.prompt_settled and not self.growth  # asked for no token at all
+        done = len(ids) == self.limit and self.prompt_settled  # asked for no token at all
         return len(tokens), Finish("length") if done else None
 
     def report(self) -> int | None:
@@ -141,7 +134,7 @@ class Sequence:
         return self.cached or 0
 
     def report_scores(self) -> list[TokenLogprob]:
-        """The prompt log-probabilities, the first time they are complete."""
+        """The prompt log-probabilities, once they are complete."""
         scores, self.scores = self.scores, []
         self.scored = True
         return scores
@@ -149,46 +142,67 @@ class Sequence:
     def setup(self) -> SlotSetup:
         """What the device must know to sample for this sequence in its slot."""
         sampling = self.submission.sampling
+        prompt_tokens = len(self.submission.prompt)
         return SlotSetup(
             slot=self.here.slot,
             sampling=sampling,
             seed=self.submission.seed,
             stop_ids=tuple(sorted(self.stop_ids)),
-            min_position=self.prompt_tokens + sampling.min_new_tokens,
+            min_position=prompt_tokens + sampling.min_new_tokens,
             prompt=self.submission.prompt if sampling.penalised else (),
-            output=tuple(self.ids[self.prompt_tokens :]) if sampling.penalised else (),
+            output=tuple(self.ids[prompt_tokens:]) if sampling.penalised else (),
         )
 
-    def next_chunk(self, budget: int) -> Chunk:
-        """The next positions, `budget` at most, marked as planned.
+    def next_decode(self) -> Chunk:
+        """The next position, whose token the device has. The lease holds its page already."""
+        here, wants = self.here, self.submission.wants
+        # by place, not by name: this is done for each row of each step
+        chunk = Chunk(
+            here.slot, here.planned, 1, None, self._unsent_pages(), False, True, wants.logprobs,
+            wants.top,
+        )  # fmt: skip
+        self._mark_planned(chunk)
+        return chunk
 
-        The lease holds their pages already.
+    def next_chunk(self, budget: int) -> Chunk:
+        """The next positions of the prompt, `budget` at most. The lease holds their pages
+        already.
         """
         here = self.here
         start = here.planned
-        decode = start >= here.prefill_end
-        count = 1 if decode else min(budget, here.prefill_end - start)
-        end = start + count
-        samples = end >= here.prefill_end and self.submission.max_new_tokens > 0
-        score_start, targets = (0, ()) if decode else self._targets(start, end)
+        end = min(start + budget, here.prefill_end)
+        samples = end == here.prefill_end and self.submission.max_new_tokens > 0
+        score_start, targets = self._targets(start, end)
         chunk = Chunk(
             slot=here.slot,
             start=start,
-            count=count,
-            tokens=None if decode else self.ids[start:end],
-            pages=here.lease.pages[here.sent_pages :],
+            count=end - start,
+            tokens=self.ids[start:end],
             first=here.sent_pages == 0,
+            pages=self._unsent_pages(),
             samples=samples,
             logprobs=samples and self.submission.wants.logprobs,
             top=self.submission.wants.top,
             score_start=score_start,
             targets=targets,
         )
-        here.planned = end
-        here.sent_pages = len(here.lease.pages)
-        here.inflight += 1
-        here.sampling += samples
+        self._mark_planned(chunk)
         return chunk
+
+    def _unsent_pages(self) -> Values[int]:
+        """Pages of the lease that the device does not know of yet; it does from now on."""
+        here = self.here
+        pages, sent = here.lease.pages, here.sent_pages
+        if len(pages) == sent:
+            return ()
+        here.sent_pages = len(pages)
+        return pages[sent:]
+
+    def _mark_planned(self, chunk: Chunk) -> None:
+        here = self.here
+        here.planned += chunk.count
+        here.inflight += 1
+        here.sampling += chunk.samples
 
     def _targets(self, start: int, end: int) -> tuple[int, tuple[int, ...]]:
         """Where scoring begins in positions `start:end`, and the prompt ids that follow each scored

@@ -8,7 +8,6 @@ other end the front holds, and on Linux the kernel watches as well.
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 from backend.interface import Delta, EngineError, Finish, Load, StartFailed
 from config import BackendSettings, ConfigError, QueueSettings, read_settings
+from engine.collector import settle_collector
 from engine.engine import Engine, in_one_line
 from engine.log import start_log
 from engine.opening import open_backend
@@ -65,9 +65,16 @@ class Worker:
         """
         descriptor = self._engine.fileno()
         if self._at_rest:
-            self._link.poll(REST_WAIT_S, descriptor)
+            self._rest(descriptor)
         elif descriptor is not None:
             self._link.poll(DEADLINE_WAIT_S, descriptor)
+
+    def _rest(self, descriptor: int | None) -> None:
+        """Use the time until something comes, or nothing is left to prepare; then sleep."""
+        while self._engine.prepare():
+            if self._link.poll(0.0, descriptor):
+                return
+        self._link.poll(REST_WAIT_S, descriptor)
 
     def _submit(self, message: Submit) -> None:
         submission = message.submission
@@ -108,8 +115,7 @@ def open_engine(settings: BackendSettings, link: FrontLink) -> Engine:
     """Load the backend and say that it serves. Raises StartFailed."""
     begun = time.monotonic()
     backend = open_backend(settings)
-    gc.collect()
-    gc.freeze()  # what a start leaves lives as long as we do: no collection need look at it again
+    settle_collector()
     link.send(Phase("backend", time.monotonic() - begun))
     link.send(Ready(backend.spec))
     return Engine(backend, QueueSettings(max_queued=0))

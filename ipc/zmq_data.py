@@ -140,13 +140,15 @@ class FrontLink:
         """Send."""
         self._socket.send(encode(message))
 
-    def poll(self, timeout_s: float, also_fd: int | None = None) -> None:
-        """Wait until a message has come or the descriptor is readable, but no longer."""
+    def poll(self, timeout_s: float, also_fd: int | None = None) -> bool:
+        """Wait until a message has come or the descriptor is readable, but no longer. Whether one
+        is.
+        """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         if also_fd is not None:
             poller.register(also_fd, zmq.POLLIN)
-        poller.poll(int(timeout_s * 1000))
+        return bool(poller.poll(int(timeout_s * 1000)))
 
     def receive(self) -> list[FrontMessage]:
         """All that has come. Never waits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -178,10 +178,26 @@ def test_a_limit_that_no_memory_holds_is_refused_by_name(
 
 
 def test_all_wrong_flags_of_a_part_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MAX_RUNNING", "0")
+    monkeypatch.setenv("MAX_RUNNING", "-1")
     monkeypatch.setenv("MAX_STEP_TOKENS", "many")
-    with pytest.raises(config.ConfigError, match=r"^MAX_RUNNING=0: .*; MAX_STEP_TOKENS=many: .*$"):
+    with pytest.raises(config.ConfigError, match=r"^MAX_RUNNING=-1: .*; MAX_STEP_TOKENS=many: .*$"):
         config.read_settings()
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "tokens"), [("cpu", 64, 512), ("mps", 64, 512), ("cuda", 256, 8192)]
+)
+def test_limits_that_are_not_given_suit_the_device(
+    device: str, rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limits(**given: Any) -> tuple[int, int]:
+        found = config.resolve_limits(config.BatchSettings(**given), device)
+        return found.max_running, found.max_step_tokens
+
+    assert limits() == (rows, tokens)
+    assert limits(max_running=7) == (7, tokens)
+    monkeypatch.setenv("MAX_STEP_TOKENS", "100")
+    assert limits() == (rows, 100)
 
 
 def test_a_stray_variable_is_no_switch(

@@ -1,114 +1,249 @@
 """The native `StepExecutor`: one forward pass over a mixed batch, then one draw for all rows.
 
-Owns the model, the KV pool, the page tables and the slots' sampling state. One thread.
+Owns the model, the KV pool, the page tables and the slots' sampling state. One thread. Nothing here
+waits for the device but `collect`, and that only for its own step: a step reads the tokens of the
+one before it where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from backend.cache import PrefixCache
 from backend.hf.attention import PagedAttention
+from backend.hf.batch import ForwardBatch
+from backend.hf.cuda_graphs import Recorder
+from backend.hf.decode_graphs import DecodeGraphs
 from backend.hf.models import CausalModel
+from backend.hf.models.decoder import Decoder
 from backend.hf.page_tables import PageTables
-from backend.hf.sampling import Sampler, SlotStates, token_logprobs
-from backend.interface import BackendSpec, Chunk, StepPlan, StepTokens, TokenLogprob
+from backend.hf.prompt_graphs import PromptGraphs
+from backend.hf.sampling import PendingScores, Scorer, open_sampler
+from backend.hf.transfer import to_device, to_host
+from backend.interface import BackendSpec, Chunk, DeviceLost, StepPlan, StepTokens
 
 HEAD_ROWS = 256  # logits of scored prompts are made in slices of this many rows
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """The chunks of a plan that draw a token, and the row of the batch each draws from."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Drawn:
+    """Tokens of some rows and the logits they came from, on the device; good until the next step.
 
-    indices: list[int]  # of the chunks in the plan
-    chunks: list[Chunk]
-    rows: list[int]
+    `tokens` [rows] int64, `logits` [rows, vocabulary] float32, raw.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pending:
+    """Scores on their way: of which chunks, with how many alternatives each."""
+
+    scores: PendingScores
+    tops: list[int]
+    owners: list[int]  # index of a chunk in the plan, for each row
+
+
+@dataclass(eq=False, slots=True)
+class InFlight:
+    """A launched step: what is on its way to the host."""
+
+    chunks: int
+    sampling: list[int]  # indices of the chunks that draw a token
+    tokens: Tensor | None = None  # [sampling] int64 on the host
+    logprobs: Pending | None = None  # of the tokens drawn
+    scores: list[Pending] = field(default_factory=list)  # of prompts
+    done: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Until all of it is there. Raises DeviceLost."""
+        if self.done is not None:
+            try:
+                self.done.synchronize()
+            except RuntimeError as error:  # torch has no narrower name for it
+                raise DeviceLost(str(error).strip().split("\n")[0]) from error
+
+    def read(self) -> StepTokens:
+        """The results, as the scheduler wants them. After `wait`."""
+        result = StepTokens([()] * self.chunks)
+        tokens = [] if self.tokens is None else self.tokens.tolist()
+        for index, token in zip(self.sampling, tokens, strict=True):
+            result.tokens[index] = (token,)
+        for into, pending in [
+            *((result.scores, each) for each in self.scores),
+            *([(result.logprobs, self.logprobs)] if self.logprobs else []),
+        ]:
+            for index, found in zip(pending.owners, pending.scores.read(pending.tops), strict=True):
+                into.setdefault(index, []).append(found)
+        return result
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepGraphs:
+    """The CUDA graphs of an executor."""
+
+    decodes: DecodeGraphs
+    prompts: PromptGraphs
+
+    def prepare(self) -> bool:
+        """Capture one more size. False: all of them are there."""
+        return self.decodes.prepare() or self.prompts.prepare()
 
 
 class HfExecutor:
     """Runs planned steps with a `CausalModel` over paged KV."""
 
     def __init__(
-        self, spec: BackendSpec, cache: PrefixCache, model: CausalModel, attention: PagedAttention
+        self,
+        spec: BackendSpec,
+        cache: PrefixCache,
+        model: CausalModel,
+        attention: PagedAttention,
+        kernels: bool = False,
+        graphs: Decoder | None = None,
     ) -> None:
+        """`kernels`: ours run on this device. `graphs`: the model again, when steps run by CUDA
+        graphs, which kernels and attention must allow.
+        """
         self.spec = spec
         self.cache = cache
         self._model = model
         self._attention = attention
-        self._tables = PageTables(spec)
-        self._states = SlotStates(spec.max_running, spec.vocabulary, torch.device(spec.device))
-        self._sampler = Sampler(self._states)
+        self._tables = PageTables(spec, kernels)
+        self._states, self._sampler = open_sampler(
+            spec.max_running, spec.vocabulary, spec.device, kernels
+        )
+        self._scorer = Scorer(kernels)
+        self._graphs = None if graphs is None else self._open_graphs(graphs)
+
+    def _open_graphs(self, model: Decoder) -> StepGraphs:
+        spec, recorder = self.spec, Recorder(self.spec.device)
+        return StepGraphs(
+            DecodeGraphs(
+                self._decode_any_length,
+                recorder,
+                spec.max_running,
+                spec.vocabulary,
+                self._tables.spare_slot,
+                spec.device,
+            ),
+            PromptGraphs(
+                model,
+                self._attention,
+                recorder,
+                spec.max_step_tokens,
+                spec.pages * spec.page_tokens,
+                spec.device,
+            ),
+        )
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepTokens:
-        """Run one step. Nothing is left in flight: the handle is the result."""
-        for setup in plan.taken:
-            self._states.take(setup)
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Start one step. On a CPU it runs here; the handle is the result."""
+        self._states.take(plan.taken)
         self._tables.append(plan.chunks)
-        batch = self._tables.batch(plan.chunks, self._states.last_token)
-        hidden = self._model.hidden(batch, self._attention)
-        result = StepTokens([()] * len(plan.chunks), scores=dict(self._score(plan, hidden)))
-        sampling = _sampling(plan)
-        if sampling.chunks:
-            self._sample(sampling, hidden, result)
-        return result
+        sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        flight = InFlight(len(plan.chunks), sampling)
+        sampled = [plan.chunks[index] for index in sampling]
+        decodes_only = plan.chunks[-1].tokens is None
+        drawn = self._decode(sampled) if decodes_only else self._forward(plan, sampled, flight)
+        if drawn is not None:
+            self._finish(drawn, sampled, flight)
+        if self.spec.device == "cuda":
+            flight.done = torch.cuda.Event()
+            flight.done.record()
+        return flight
 
-    def collect(self, handle: StepTokens) -> StepTokens:
-        """The step is over already."""
-        return handle
+    def collect(self, handle: InFlight) -> StepTokens:
+        """Wait for the step. Raises DeviceLost."""
+        handle.wait()
+        return handle.read()
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture one more graph. False: nothing is left to prepare."""
+        return self._graphs is not None and self._graphs.prepare()
 
     def close(self) -> None:
         """Nothing to give back: tensors go with their owner."""
 
-    def _sample(self, sampling: Sampling, hidden: Tensor, result: StepTokens) -> None:
-        """Draw a token for each sampling chunk into `result`."""
-        logits = self._model.logits(hidden[sampling.rows])
-        asking = [row for row, chunk in enumerate(sampling.chunks) if chunk.logprobs]
-        raw = logits[asking] if asking else None  # before the sampler edits them
-        tokens = self._sampler.sample(
-            logits,
-            [chunk.slot for chunk in sampling.chunks],
-            [chunk.start + chunk.count for chunk in sampling.chunks],
-        )
-        for index, token in zip(sampling.indices, tokens.tolist(), strict=True):
-            result.tokens[index] = (token,)
-        if raw is not None:
-            tops = [sampling.chunks[row].top for row in asking]
-            for row, logprob in zip(asking, token_logprobs(raw, tokens[asking], tops), strict=True):
-                result.logprobs[sampling.indices[row]] = [logprob]
+    def _decode(self, chunks: Sequence[Chunk]) -> Drawn:
+        """A step of decodes alone."""
+        slots = [chunk.slot for chunk in chunks]
+        starts = [chunk.start for chunk in chunks]
+        found = None if self._graphs is None else self._graphs.decodes.run(slots, starts)
+        if found is not None:
+            return Drawn(*found)
+        sent = to_device([slots, starts], self.spec.device)
+        batch = self._tables.decodes(sent[0], sent[1], max(starts) + 1, self._states.last_token)
+        logits = self._model.logits(self._model.hidden(batch, self._attention))
+        return Drawn(self._sampler.draw(logits, sent[0], sent[1] + 1, slots), logits)
 
-    def _score(self, plan: StepPlan, hidden: Tensor) -> Iterator[tuple[int, list[TokenLogprob]]]:
-        """Log-probabilities of the targets of each chunk that has some, by its index."""
+    def _decode_any_length(self, slots: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
+        """A step of decodes for a graph: see `decode_graphs.Decode`."""
+        longest = self.spec.max_model_len
+        batch = self._tables.decodes(slots, positions, longest, self._states.last_token)
+        self._model.logits(self._model.hidden(batch, self._attention), out=logits)
+        return self._sampler.draw(logits, slots, positions + 1, ())
+
+    def _forward(self, plan: StepPlan, sampled: Sequence[Chunk], flight: InFlight) -> Drawn | None:
+        """A mixed step; scores of prompts go into `flight`. None: no chunk draws."""
+        batch = self._tables.batch(plan.chunks, self._states.last_token)
+        hidden = self._hidden(batch)
+        flight.scores += self._score(plan, hidden)
+        if not sampled:
+            return None
+        ends, offset = [], 0
+        for chunk in plan.chunks:
+            offset += chunk.count
+            if chunk.samples:
+                ends.append(offset - 1)
+        slots = [chunk.slot for chunk in sampled]
+        positions = [chunk.start + chunk.count for chunk in sampled]
+        sent = to_device([ends, slots, positions], self.spec.device)
+        logits = self._model.logits(hidden.index_select(0, sent[0]))
+        return Drawn(self._sampler.draw(logits, sent[1], sent[2], slots), logits)
+
+    def _hidden(self, batch: ForwardBatch) -> Tensor:
+        """Final hidden states of a mixed step, [tokens, hidden]."""
+        found = None if self._graphs is None else self._graphs.prompts.hidden(batch)
+        return self._model.hidden(batch, self._attention) if found is None else found
+
+    def _finish(self, drawn: Drawn, chunks: Sequence[Chunk], flight: InFlight) -> None:
+        """Draw again what edits its logits, score what is asked for, and send all to the host."""
+        slots = [chunk.slot for chunk in chunks]
+        positions = [chunk.start + chunk.count for chunk in chunks]
+        self._sampler.redraw(drawn.logits, drawn.tokens, slots, positions)
+        asking = [row for row, chunk in enumerate(chunks) if chunk.logprobs]
+        if asking:
+            rows = to_device(asking, self.spec.device)
+            tops = [chunks[row].top for row in asking]
+            scores = self._scorer.start(
+                drawn.logits.index_select(0, rows), drawn.tokens.index_select(0, rows), max(tops)
+            )
+            owners = [flight.sampling[row] for row in asking]
+            flight.logprobs = Pending(scores, tops, owners)
+        flight.tokens = to_host(drawn.tokens)
+
+    def _score(self, plan: StepPlan, hidden: Tensor) -> Iterator[Pending]:
+        """Log-probabilities of the targets of each chunk that has some."""
         offset = 0
         for index, chunk in enumerate(plan.chunks):
             if chunk.targets:
                 first = offset + chunk.score_start - chunk.start
                 rows = hidden[first : first + len(chunk.targets)]
-                yield index, self._score_rows(rows, chunk)
+                yield from self._score_rows(rows, chunk, index)
             offset += chunk.count
 
-    def _score_rows(self, rows: Tensor, chunk: Chunk) -> list[TokenLogprob]:
-        targets = torch.tensor(chunk.targets, dtype=torch.int64, device=rows.device)
-        scores: list[TokenLogprob] = []
+    def _score_rows(self, rows: Tensor, chunk: Chunk, owner: int) -> Iterator[Pending]:
+        targets = to_device(chunk.targets, self.spec.device)
         for start in range(0, len(rows), HEAD_ROWS):
             logits = self._model.logits(rows[start : start + HEAD_ROWS])
             wanted = targets[start : start + HEAD_ROWS]
-            scores += token_logprobs(logits, wanted, [chunk.top] * len(wanted))
-        return scores
-
-
-def _sampling(plan: StepPlan) -> Sampling:
-    found = Sampling([], [], [])
-    offset = 0
-    for index, chunk in enumerate(plan.chunks):
-        offset += chunk.count
-        if chunk.samples:
-            found.indices.append(index)
-            found.chunks.append(chunk)
-            found.rows.append(offset - 1)
-    return found
+            scores = self._scorer.start(logits, wanted, chunk.top)
+            yield Pending(scores, [chunk.top] * len(wanted), [owner] * len(wanted))

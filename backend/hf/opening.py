@@ -5,25 +5,41 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import dataclass
 
 import torch
 
 from backend.cache import PrefixCache
-from backend.hf.attention import ATTENTION, AttentionSetup, PagedAttention
+from backend.hf.attention import AttentionSetup, KvGeometry
+from backend.hf.attention.choice import choose_attention, lack, open_attention
 from backend.hf.executor import HfExecutor
-from backend.hf.loading.resolve import ModelFiles, resolve
-from backend.hf.memory import page_budget, return_heap
-from backend.hf.models import CausalModel, config_value, positive
-from backend.hf.models.decoder import Decoder, Placing
+from backend.hf.loading.resolve import ModelFiles, context_length, resolve
+from backend.hf.memory import NO_PEAK, measure_peak, page_budget, return_heap
+from backend.hf.models import CausalModel
+from backend.hf.models.blocks import Blocks
+from backend.hf.models.decoder import Decoder, DecoderShape, Placing
 from backend.hf.models.registry import architecture, decoder_shape
 from backend.hf.models.torch_blocks import TorchBlocks
-from backend.hf.precision import Precision, choose_precision
+from backend.hf.precision import choose_precision
 from backend.interface import Backend, BackendSpec, StepExecutor, Unsupported
-from config import BackendSettings, DeviceSettings, ModelSettings, get_device
+from config import BackendSettings, DeviceSettings, get_device, resolve_limits
 
 logger = logging.getLogger(__name__)
+
+DEPTH = {"cuda": 2}  # steps in flight; elsewhere a step is over when it is launched
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model and what was decided about it, before there are pages."""
+
+    model: CausalModel
+    files: ModelFiles
+    placing: Placing
+    attention: str
+    kernels: bool  # ours run on this device
+    graphs: Decoder | None  # the model, where its steps run by CUDA graphs
+    kv_bytes: int  # of one token in all layers
 
 
 def open_backend(
@@ -31,47 +47,105 @@ def open_backend(
 ) -> Backend:
     """Load the model and hand its executor to `scheduler`. Raises StartFailed with one line."""
     started = time.monotonic()
-    device = _choose_device(settings.device)
-    files = resolve(settings.model)
-    context = _context(settings.model, files)
-    precision = choose_precision(settings.model.dtype, device)
-    model = _load_model(files, settings.model, precision, device, context)
-    return_heap()
+    loaded = _load(settings)
+    context, device = loaded.placing.context, loaded.placing.device
     page_tokens = settings.cache.page_tokens
-    kv_bytes = model.geometry.layers * model.geometry.row * precision.compute.itemsize
-    tokens = page_budget(settings, kv_bytes, context, device)
-    pages = max(1, tokens // page_tokens)
-    attention, name = _open_attention(settings.device, model, pages, page_tokens, precision, device)
-    spec = BackendSpec(
-        name="hf",
-        model=settings.model.served_name,
-        folder=str(files.folder),
-        vocabulary=model.vocabulary,
-        max_model_len=context,
-        stop_ids=files.end_ids,
-        page_tokens=page_tokens,
-        pages=pages,
-        max_running=settings.batch.max_running,
-        max_step_tokens=settings.batch.max_step_tokens,
-        depth=1,
-        device=device,
-        dtype=str(precision.weights).removeprefix("torch."),
-        attention=name,
-        parameters=model.parameters,
-        weight_bytes=model.weight_bytes,
-        kv_bytes_per_token=kv_bytes,
-    )
-    cache = PrefixCache(pages, page_tokens, settings.cache.prefix)
+    peak = NO_PEAK
+    if device == "cuda":
+        spec = _spec(settings, loaded, pages=-(-context // page_tokens))
+        peak = measure_peak(
+            lambda: _open_executor(settings, loaded, spec, pages=1),
+            None if loaded.graphs is None else decoder_shape(loaded.files.config),
+        )
+    tokens = page_budget(settings, loaded.kv_bytes, context, device, peak)
+    spec = _spec(settings, loaded, pages=max(1, tokens // page_tokens))
+    executor = _open_executor(settings, loaded, spec, spec.pages, loaded.graphs)
     logger.info(
         "%s ready in %.1f s: %.1f M parameters, %s pages of %d tokens (%.0f MiB of KV)",
-        architecture(files.config),
+        architecture(loaded.files.config),
         time.monotonic() - started,
-        model.parameters / 1e6,
-        f"{pages:,}",
+        spec.parameters / 1e6,
+        f"{spec.pages:,}",
         page_tokens,
-        pages * page_tokens * kv_bytes / 2**20,
+        spec.pages * page_tokens * loaded.kv_bytes / 2**20,
     )
-    return scheduler(HfExecutor(spec, cache, model, attention))
+    return scheduler(executor)
+
+
+def _open_executor(
+    settings: BackendSettings,
+    loaded: Loaded,
+    spec: BackendSpec,
+    pages: int,
+    graphs: Decoder | None = None,
+) -> HfExecutor:
+    """An executor over so many pages, which may be fewer than its spec says."""
+    setup = AttentionSetup(
+        geometry=loaded.model.geometry,
+        pages=pages,
+        page_tokens=spec.page_tokens,
+        dtype=loaded.placing.precision.compute,
+        device=spec.device,
+        deterministic=settings.device.deterministic,
+    )
+    cache = PrefixCache(pages, spec.page_tokens, settings.cache.prefix)
+    attention = open_attention(loaded.attention, setup)
+    if not attention.capturable:
+        graphs = None
+    return HfExecutor(spec, cache, loaded.model, attention, loaded.kernels, graphs)
+
+
+def _spec(settings: BackendSettings, loaded: Loaded, pages: int) -> BackendSpec:
+    placing = loaded.placing
+    limits = resolve_limits(settings.batch, placing.device)
+    return BackendSpec(
+        name="hf",
+        model=settings.model.served_name,
+        folder=str(loaded.files.folder),
+        vocabulary=loaded.model.vocabulary,
+        max_model_len=placing.context,
+        stop_ids=loaded.files.end_ids,
+        page_tokens=settings.cache.page_tokens,
+        pages=pages,
+        max_running=limits.max_running,
+        max_step_tokens=limits.max_step_tokens,
+        depth=DEPTH.get(placing.device, 1),
+        device=placing.device,
+        dtype=str(placing.precision.weights).removeprefix("torch."),
+        attention=loaded.attention,
+        parameters=loaded.model.parameters,
+        weight_bytes=loaded.model.weight_bytes,
+        kv_bytes_per_token=loaded.kv_bytes,
+    )
+
+
+def _load(settings: BackendSettings) -> Loaded:
+    device = _choose_device(settings.device)
+    files = resolve(settings.model)
+    placing = Placing(
+        device,
+        choose_precision(settings.model.dtype, device),
+        context_length(settings.model, files.config, files.folder),
+    )
+    shape = decoder_shape(files.config)
+    own: Decoder | None
+    model: CausalModel
+    if shape is None:
+        model, own = _load_foreign(files, settings, placing), None
+        attention = _attention(settings.device, placing, model.geometry)
+    else:  # what cannot run is refused before the weights are read
+        attention = _attention(settings.device, placing, shape.geometry)
+        model = own = _load_own(files, settings.device, shape, placing)
+    return_heap()
+    geometry, compute = model.geometry, placing.precision.compute
+    kernels = lack("triton", device, compute, geometry) is None
+    graphs = own if kernels and settings.device.cuda_graph else None
+    kv_bytes = geometry.layers * geometry.row * compute.itemsize
+    return Loaded(model, files, placing, attention, kernels, graphs, kv_bytes)
+
+
+def _attention(settings: DeviceSettings, placing: Placing, geometry: KvGeometry) -> str:
+    return choose_attention(settings, placing.device, placing.precision.compute, geometry)
 
 
 def _choose_device(settings: DeviceSettings) -> str:
@@ -89,81 +163,50 @@ def _choose_device(settings: DeviceSettings) -> str:
     return device
 
 
-def _context(settings: ModelSettings, files: ModelFiles) -> int:
-    """Tokens of prompt and answer: the model's own number, or less by MAX_MODEL_LEN."""
-    text = config_value(files.config, "text_config", dict, files.config)
-    keys = [key for key in ("max_position_embeddings", "n_positions") if text.get(key) is not None]
-    if not keys and not settings.max_model_len:
-        raise Unsupported(f"{files.folder} does not say its context: set MAX_MODEL_LEN")
-    own = positive(text, keys[0], int) if keys else settings.max_model_len
-    if settings.max_model_len > own:
+def _load_own(
+    files: ModelFiles, settings: DeviceSettings, shape: DecoderShape, placing: Placing
+) -> Decoder:
+    """A model that our own decoder knows."""
+    blocks = _blocks(settings, shape, placing)
+    with files.open_weights() as weights:
+        return Decoder(shape, files.config, weights, blocks, placing)
+
+
+def _blocks(settings: DeviceSettings, shape: DecoderShape, placing: Placing) -> Blocks:
+    """Our kernels where they run, torch's operations elsewhere; or those compiled, when asked."""
+    precision, device = placing.precision, placing.device
+    if settings.compile_model:
+        if settings.deterministic:
+            raise Unsupported(
+                "COMPILE_MODEL=1 and DETERMINISTIC=1 exclude each other: unset one of them"
+            )
+        from backend.hf.models.compiled_blocks import compiled_blocks  # loads the compiler
+
+        return compiled_blocks(precision, device)
+    if lack("triton", device, precision.compute, shape.geometry) is not None:
+        return TorchBlocks(precision, device)
+    from backend.hf.models.triton_blocks import TritonBlocks  # triton is there with CUDA only
+
+    return TritonBlocks(precision, device, settings.deterministic)
+
+
+def _load_foreign(files: ModelFiles, settings: BackendSettings, placing: Placing) -> CausalModel:
+    """Any other model, by transformers' modelling code."""
+    name = architecture(files.config)
+    if settings.device.deterministic or settings.device.compile_model:
         raise Unsupported(
-            f"MAX_MODEL_LEN={settings.max_model_len} exceeds the model's context of {own}"
+            f"{name} runs through transformers' own code, which knows neither DETERMINISTIC=1 nor "
+            "COMPILE_MODEL=1: unset them"
         )
-    return settings.max_model_len or own
-
-
-def _load_model(
-    files: ModelFiles, settings: ModelSettings, precision: Precision, device: str, context: int
-) -> CausalModel:
-    """Our own decoder where it knows the architecture, transformers' modelling code elsewhere."""
-    shape = decoder_shape(files.config)
-    if shape is not None:
-        with files.open_weights() as weights:
-            blocks = TorchBlocks(precision, device)
-            placing = Placing(device, precision, context)
-            return Decoder(shape, files.config, weights, blocks, placing)
-    logger.info("%s runs through transformers' own code", architecture(files.config))
+    logger.info("%s runs through transformers' own code", name)
     from backend.hf.models.transformers_model import build_transformers_model  # seconds to import
 
     return build_transformers_model(
         files.folder,
         files.config,
-        precision.compute,
-        device,
-        settings.trust_remote_code,
+        placing.precision.compute,
+        placing.device,
+        settings.model.trust_remote_code,
         files.made_up,
-        context,
+        placing.context,
     )
-
-
-def _open_attention(
-    settings: DeviceSettings,
-    model: CausalModel,
-    pages: int,
-    page_tokens: int,
-    precision: Precision,
-    device: str,
-) -> tuple[PagedAttention, str]:
-    """The attention that `ATTN_IMPL` names, with its pool, and its name."""
-    name = _choose_attention(settings.attention, device)
-    module, kind = ATTENTION[name].split(":")
-    setup = AttentionSetup(model.geometry, pages, page_tokens, precision.compute, device)
-    opened: PagedAttention = getattr(import_module(module), kind)(setup)
-    return opened, name
-
-
-def _choose_attention(name: str, device: str) -> str:
-    """`auto` takes triton where it runs, and says why; triton by name is refused elsewhere."""
-    lack = _triton_lacks(device)
-    if name == "auto":
-        name = "triton" if lack is None else "sdpa"
-        logger.info("ATTN_IMPL=auto: %s, as %s", name, lack or "this device runs our kernels")
-    elif name == "triton" and lack is not None:
-        raise Unsupported(
-            "ATTN_IMPL=triton needs a CUDA device of compute capability 8.0 or later and the "
-            f"package triton, but {lack}: use ATTN_IMPL=sdpa"
-        )
-    return name
-
-
-def _triton_lacks(device: str) -> str | None:
-    """Why our Triton kernels cannot run on `device`. None: they can."""
-    if device != "cuda":
-        return f"DEVICE is {device}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return "this device has compute capability {}.{}".format(*capability)
-    return None

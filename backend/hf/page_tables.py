@@ -6,6 +6,7 @@ Owned by the executor. The table stays on the device; a step sends what it appen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,13 +17,51 @@ from backend.hf.transfer import to_device
 from backend.interface import BackendSpec, Chunk
 
 
+class StepInputs(Protocol):
+    """token_ids, write_at and lengths, [rows] int64 each, of decodes in `slots` [rows] at
+    `positions` [rows]: the token that each slot drew last (`last_token` [slots]), the row of the KV
+    pool, and the positions attended to. table [slots, max_pages]: page ids. All are int64.
+    """
+
+    def __call__(
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        last_token: Tensor,
+        table: Tensor,
+        page_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def torch_step_inputs(
+    slots: Tensor, positions: Tensor, last_token: Tensor, table: Tensor, page_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`StepInputs` by torch's operations."""
+    return last_token[slots], places(slots, positions, table, page_tokens), positions + 1
+
+
+def places(slots: Tensor, positions: Tensor, table: Tensor, page_tokens: int) -> Tensor:
+    """Rows of the KV pool, [rows] int64."""
+    return table[slots, positions // page_tokens] * page_tokens + positions % page_tokens
+
+
+def open_step_inputs(kernels: bool) -> StepInputs:
+    """One launch of ours where our kernels run."""
+    if not kernels:
+        return torch_step_inputs
+    from backend.hf.kernels.step_inputs import step_inputs  # triton is there with CUDA only
+
+    return step_inputs
+
+
 class PageTables:
     """Page ids of every slot: [max_running + 1, pages of the longest sequence] int64.
 
     The last slot is the spare one: a padding row of a graph stands there, on the spare page.
     """
 
-    def __init__(self, spec: BackendSpec) -> None:
+    def __init__(self, spec: BackendSpec, kernels: bool = False) -> None:
+        """`kernels`: ours run on this device."""
         longest = spec.pages_for(min(spec.max_model_len, spec.pages * spec.page_tokens))
         self._page_tokens = spec.page_tokens
         self._pages_for = spec.pages_for
@@ -31,6 +70,7 @@ class PageTables:
         self._table[-1] = spec.pages
         self._held = [0] * spec.max_running  # pages of each slot
         self._device = spec.device
+        self._step_inputs = open_step_inputs(kernels)
 
     @property
     def spare_slot(self) -> int:
@@ -41,6 +81,8 @@ class PageTables:
         cells: list[int] = []
         pages: list[int] = []
         for chunk in chunks:
+            if not (chunk.pages or chunk.first):
+                continue
             held = 0 if chunk.first else self._held[chunk.slot]
             first = chunk.slot * self._table.shape[1] + held
             cells += range(first, first + len(chunk.pages))
@@ -58,14 +100,11 @@ class PageTables:
         are below `longest`.
         """
         bound = min(self._pages_for(longest), self._table.shape[1])
-        rows = DecodeRows(len(slots), slots, positions + 1, self._table, bound)
-        return ForwardBatch(
-            token_ids=last_token[slots],
-            positions=positions,
-            write_at=self._places(slots, positions),
-            decodes=rows,
-            spans=(),
+        token_ids, write_at, lengths = self._step_inputs(
+            slots, positions, last_token, self._table, self._page_tokens
         )
+        rows = DecodeRows(len(slots), slots, lengths, self._table, bound)
+        return ForwardBatch(token_ids, positions, write_at, rows, spans=())
 
     def batch(self, chunks: Sequence[Chunk], last_token: Tensor) -> ForwardBatch:
         """A mixed step: decodes, then chunks of prompts."""
@@ -73,24 +112,19 @@ class PageTables:
         prompts = chunks[len(decodes) :]
         owners = np.repeat([chunk.slot for chunk in chunks], [chunk.count for chunk in chunks])
         positions = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
-        known = [token for chunk in prompts for token in chunk.tokens or ()]
-        sent = to_device(np.concatenate([owners, *positions, known]), self._device)
+        known = [np.array(chunk.tokens, dtype=np.int64) for chunk in prompts]
+        sent = to_device(np.concatenate([owners, *positions, *known]), self._device)
         tokens, count = len(owners), len(decodes)
-        slots, at, ids = sent.split([tokens, tokens, len(known)])
+        slots, at, ids = sent.split([tokens, tokens, tokens - count])
         longest = max((chunk.start + 1 for chunk in decodes), default=0)
         bound = self._pages_for(longest)
         return ForwardBatch(
             token_ids=torch.cat([last_token[slots[:count]], ids]),
             positions=at,
-            write_at=self._places(slots, at),
+            write_at=places(slots, at, self._table, self._page_tokens),
             decodes=DecodeRows(count, slots[:count], at[:count] + 1, self._table, bound),
             spans=self._spans(prompts, count),
         )
-
-    def _places(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Rows of the KV pool [rows] int64."""
-        pages = self._table[slots, positions // self._page_tokens]
-        return pages * self._page_tokens + positions % self._page_tokens
 
     def _spans(self, prompts: Sequence[Chunk], offset: int) -> tuple[PrefillSpan, ...]:
         spans = []

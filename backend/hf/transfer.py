@@ -7,23 +7,31 @@ copy that reads it is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+HostValues: TypeAlias = "Sequence[Any] | np.ndarray[Any, Any]"
+
 
 def to_device(
-    values: Sequence[Any] | np.ndarray[Any, Any],
-    device: torch.device | str,
-    dtype: torch.dtype = torch.int64,
+    values: HostValues, device: torch.device | str, dtype: torch.dtype = torch.int64
 ) -> Tensor:
     """A tensor of `values` that operations queued from now on see."""
     host = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def send(values: HostValues, target: Tensor) -> None:
+    """Put `values` into `target`, of the same shape, for operations queued from now on."""
+    host = torch.as_tensor(values, dtype=target.dtype)
+    if target.device.type == "cuda":
+        host = host.pin_memory()
+    target.copy_(host, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Scripted:
     calls: int = 0
     fail_submit: Exception | None = None
     fail_advance: Exception | None = None
+    to_prepare: int = 0
 
     def submit(self, submission: Submission) -> None:
         if self.fail_submit is not None:
@@ -62,6 +63,10 @@ class Scripted:
 
     def warm(self, tokens: int) -> int:
         return tokens
+
+    def prepare(self) -> bool:
+        self.to_prepare -= 1
+        return self.to_prepare >= 0
 
     def flush(self) -> int:
         return 0

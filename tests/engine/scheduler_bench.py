@@ -48,6 +48,9 @@ class Recorder:
     def cache(self) -> PrefixCache:
         return self.inner.cache
 
+    def prepare(self) -> bool:
+        return self.inner.prepare()
+
     def launch(self, plan: StepPlan) -> FakeStep:
         assert 0 < plan.tokens <= self.spec.max_step_tokens
         decodes = [chunk.tokens is None for chunk in plan.chunks]

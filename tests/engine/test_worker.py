@@ -53,14 +53,15 @@ class Front(FrontLink):
     def send(self, message: EngineMessage) -> None:
         self.sent.append(message)
 
-    def poll(self, timeout_s: float, also_fd: int | None = None) -> None:
+    def poll(self, timeout_s: float, also_fd: int | None = None) -> bool:
         self.polls.append((timeout_s, also_fd))
         if timeout_s != REST_WAIT_S:
-            return
+            return bool(self.batches) and self.batches[0] is not AT_REST
         if not self.batches:
             raise Over
         if self.batches[0] is AT_REST:
             del self.batches[0]
+        return bool(self.batches)
 
     def receive(self) -> list[FrontMessage]:
         if not self.batches or self.batches[0] is AT_REST:
@@ -126,6 +127,17 @@ def test_an_engine_at_rest_sleeps_and_says_nothing_twice() -> None:
     told = [(step.deltas(), step.load) for step in front.steps]
     assert all(one != next for one, next in pairwise(told))
     assert front.heard() == {"a": (greedy(PROMPT, 4), ["length"])}
+
+
+def test_an_engine_at_rest_prepares_before_it_sleeps_and_looks_up_between_two_pieces() -> None:
+    backend = Scripted(open_backend(fake_settings()).spec, to_prepare=3)
+    front = serve(AT_REST, [submit("a")], engine=Engine(backend, QueueSettings()))
+    look = (0.0, None)
+    assert front.polls == [look, look, look, (REST_WAIT_S, None), (REST_WAIT_S, None)]
+    busy = Scripted(backend.spec, to_prepare=3)
+    front = serve([submit("a")], engine=Engine(busy, QueueSettings()))
+    assert front.polls[0] == look
+    assert busy.began, "what had come was not kept waiting for the rest"
 
 
 def test_a_backend_that_works_by_itself_is_waited_for_with_the_inbox() -> None:

@@ -1,4 +1,4 @@
-"""The seam between a model and the kernels that read paged KV, and the table of choices."""
+"""The seam between a model and the kernels that read paged KV."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 from backend.hf.batch import ForwardBatch
-
-ATTENTION: dict[str, str] = {
-    "sdpa": "backend.hf.attention.sdpa:SdpaAttention",
-    "triton": "backend.hf.attention.triton:TritonAttention",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +56,25 @@ class PagedAttention(Protocol):
     def pools(self) -> Sequence[Tensor]:
         """One a layer, as `kv_pools` makes them."""
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step of decodes alone: nothing of it waits for the device
+        or is decided by what the device knows.
+        """
+
     def attend(
-        self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
-    ) -> Tensor:
+        self,
+        layer: int,
+        query: Tensor,
+        kv: Tensor,
+        batch: ForwardBatch,
+        options: AttentionOptions,
+        output: Tensor,
+    ) -> None:
         """Causal attention of every token of `batch` over its own sequence.
 
         query [tokens, heads, key_width]; kv [tokens, row]: K heads, then V heads, of these tokens,
-        which the model has written to `batch.write_at` of this layer's pool already. Returns
-        [tokens, heads, value_width]. heads is a multiple of kv_heads: query head h reads KV head
-        h // (heads // kv_heads).
+        which the model has written to `batch.write_at` of this layer's pool already. The result
+        goes into `output` [tokens, heads, value_width], which is dense. heads is a multiple of
+        kv_heads: query head h reads KV head h // (heads // kv_heads).
         """

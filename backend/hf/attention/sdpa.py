@@ -22,6 +22,8 @@ GATHERED_TOKENS = 1 << 14  # that decodes are gathered in at once, unless one ro
 class SdpaAttention:
     """Owns the KV pool: one tensor a layer, [pages * page_tokens, row]."""
 
+    capturable = False  # decodes are grouped by their lengths, on the host
+
     def __init__(self, setup: AttentionSetup) -> None:
         self._geometry = setup.geometry
         self._page_tokens = setup.page_tokens
@@ -31,34 +33,42 @@ class SdpaAttention:
         self._gathered = torch.empty(0, dtype=setup.dtype, device=setup.device)
 
     def attend(
-        self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
-    ) -> Tensor:
+        self,
+        layer: int,
+        query: Tensor,
+        kv: Tensor,
+        batch: ForwardBatch,
+        options: AttentionOptions,
+        output: Tensor,
+    ) -> None:
         """See `PagedAttention.attend`."""
         pool = self.pools[layer]
-        parts = []
-        if batch.decodes.count:
-            parts.append(self._decode(pool, query[: batch.decodes.count], batch, options))
+        count = batch.decodes.count
+        if count:
+            self._decode(pool, query[:count], batch, options, output[:count])
         for span in batch.spans:
-            own = query[span.offset : span.offset + span.count]
-            parts.append(self._prefill(pool, own, span, batch, options))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            own = slice(span.offset, span.offset + span.count)
+            output[own] = self._prefill(pool, query[own], span, batch, options)
 
     def _decode(
-        self, pool: Tensor, query: Tensor, batch: ForwardBatch, options: AttentionOptions
-    ) -> Tensor:
-        """query [rows, heads, width] -> [rows, heads, value_width]."""
+        self,
+        pool: Tensor,
+        query: Tensor,
+        batch: ForwardBatch,
+        options: AttentionOptions,
+        output: Tensor,
+    ) -> None:
+        """query [rows, heads, width] -> `output` [rows, heads, value_width]."""
         geometry = self._geometry
         key = batch.decodes, options.window
         if key not in batch.groups:
             batch.groups[key] = self._groups(batch.decodes, options.window, query.dtype)
         sinks = _sinks(options, (1, geometry.kv_heads, -1, 1))
-        mixed = query.new_empty(len(query), query.shape[1], geometry.value_width)
         for group in batch.groups[key]:
             keys, values = self._gather(pool, group.pages)
             own = query[group.rows].unflatten(1, (geometry.kv_heads, -1))
             found = _attention(own, keys, values, group.mask, options, sinks)
-            mixed[group.rows] = found.flatten(1, 2)
-        return mixed
+            output[group.rows] = found.flatten(1, 2)
 
     def _groups(
         self, rows: DecodeRows, window: int | None, dtype: torch.dtype

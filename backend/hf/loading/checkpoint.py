@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,13 @@ class SafetensorsWeights:
         """Unmap the files. Nothing can be read after it."""
         self._places.clear()
         self._opened.close()
+
+    def headers(self) -> dict[str, tuple[str, int]]:
+        """Every tensor's dtype, as safetensors calls it, and elements. Reads no weights."""
+        slices = {name: handle.get_slice(name) for name, (_, handle) in self._places.items()}
+        return {
+            name: (each.get_dtype(), math.prod(each.get_shape())) for name, each in slices.items()
+        }
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, on the CPU, in the checkpoint's dtype.

@@ -21,6 +21,15 @@ DTYPES = {
 }
 
 
+def dtype_name(config: ModelConfig) -> str:
+    """The dtype that a config.json gives its weights. Raises Unsupported for others than ours."""
+    older = config_value(config, "torch_dtype", str, "bfloat16")  # before transformers 5
+    name = config_value(config, "dtype", str, older)
+    if name not in DTYPES:
+        raise Unsupported(f"config.json has dtype {name}: weights are {', '.join(DTYPES)} here")
+    return name
+
+
 class DummyWeights:
     """A WeightSource that holds every name: norms are ones, biases zeros, the rest is normal.
 
@@ -29,13 +38,7 @@ class DummyWeights:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        older = config_value(config, "torch_dtype", str, "bfloat16")  # before transformers 5
-        name = config_value(config, "dtype", str, older)
-        if name not in DTYPES:
-            raise Unsupported(
-                f"config.json has dtype {name}: made-up weights are {', '.join(DTYPES)}"
-            )
-        self._dtype = DTYPES[name]
+        self._dtype = DTYPES[dtype_name(config)]
         self._deviation = config_value(config, "initializer_range", float, 0.02)
 
     def __enter__(self) -> DummyWeights:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from backend.hf.loading.convert import cached_conversion
 from backend.hf.loading.folder import CONFIG, read_json, weight_files
 from backend.hf.loading.hub import ADVICE, fetch
-from backend.hf.models import ModelConfig, WeightSource, config_value
+from backend.hf.models import ModelConfig, WeightSource, config_value, positive
 from backend.interface import ModelBroken, ModelNotFound, Unsupported
 from config import ModelSettings
 
@@ -59,21 +59,43 @@ def resolve(settings: ModelSettings) -> ModelFiles:
 
     Raises ModelNotFound, ModelBroken or Unsupported, each with one line.
     """
-    folder = LOCAL[settings.load_format](_local(settings) or fetch(settings))
+    folder = LOCAL[settings.load_format](local_place(settings) or fetch(settings))
     config = read_json(folder / CONFIG)
     made_up = settings.load_format == "dummy"
-    quantization = config_value(config, "quantization_config", dict, {})
-    if quantization and not made_up:
-        method = quantization.get("quant_method", "unknown")
-        raise Unsupported(f"{folder} is quantized ({method}), which does not run here")
+    if not made_up:
+        refuse_quantized(folder, config)
     generation = folder / GENERATION
     return ModelFiles(
         folder, config, read_json(generation) if generation.is_file() else {}, made_up
     )
 
 
-def _local(settings: ModelSettings) -> Path | None:
-    """The path that is meant; None when the name is the hub's to know."""
+def refuse_quantized(folder: Path, config: ModelConfig) -> None:
+    """Raise Unsupported for weights that are not plain numbers."""
+    quantization = config_value(config, "quantization_config", dict, {})
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise Unsupported(f"{folder} is quantized ({method}), which does not run here")
+
+
+def context_length(settings: ModelSettings, config: ModelConfig, place: Path) -> int:
+    """Tokens of prompt and answer: the model's own number, or less by MAX_MODEL_LEN. `place` is
+    what messages name. Raises Unsupported when there is none, or it is exceeded.
+    """
+    text = config_value(config, "text_config", dict, config)
+    keys = [key for key in ("max_position_embeddings", "n_positions") if text.get(key) is not None]
+    if not keys and not settings.max_model_len:
+        raise Unsupported(f"{place} does not say its context: set MAX_MODEL_LEN")
+    own = positive(text, keys[0], int) if keys else settings.max_model_len
+    if settings.max_model_len > own:
+        raise Unsupported(
+            f"MAX_MODEL_LEN={settings.max_model_len} exceeds the model's context of {own}"
+        )
+    return settings.max_model_len or own
+
+
+def local_place(settings: ModelSettings) -> Path | None:
+    """The path that is meant; None when the name is the hub's to know. Raises ModelNotFound."""
     place = Path(settings.local_dir or settings.name).expanduser()
     if place.suffix == ".safetensors" and place.is_file():
         raise ModelNotFound(
@@ -84,10 +106,21 @@ def _local(settings: ModelSettings) -> Path | None:
     return place if place.exists() else None
 
 
+def gguf_of(settings: ModelSettings, place: Path) -> Path | None:
+    """The .gguf file that is meant by the local `place`; None when another format is. Raises
+    ModelNotFound when none or many could be.
+    """
+    if settings.load_format == "gguf" or (settings.load_format == "auto" and _is_gguf(place)):
+        return _gguf_file(place)
+    return None
+
+
+def _is_gguf(place: Path) -> bool:
+    return place.is_file() or (not weight_files(place) and any(place.glob("*.gguf")))
+
+
 def _auto(place: Path) -> Path:
-    if place.is_file() or (not weight_files(place) and any(place.glob("*.gguf"))):
-        return _gguf(place)
-    return _safetensors(place)
+    return _gguf(place) if _is_gguf(place) else _safetensors(place)
 
 
 def _safetensors(place: Path) -> Path:
@@ -97,12 +130,16 @@ def _safetensors(place: Path) -> Path:
 
 
 def _gguf(place: Path) -> Path:
+    return cached_conversion(_gguf_file(place))
+
+
+def _gguf_file(place: Path) -> Path:
     files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     if not files:
         raise ModelNotFound(f"{place} holds no .gguf file: {ADVICE}")
     if len(files) > 1:
         raise ModelNotFound(f"{place} holds {len(files)} .gguf files: name one in MODEL_LOCAL_DIR")
-    return cached_conversion(files[0])
+    return files[0]
 
 
 def _dummy(place: Path) -> Path:

@@ -45,9 +45,11 @@ class RowNorm(Protocol):
 
 
 class NormedProduct(Protocol):
-    """Product of normed rows: x [rows, in] -> norm(x) @ weight.T + bias, [rows, out]; x is kept."""
+    """Product of normed rows: x [rows, in] -> norm(x) @ weight.T + bias in `out` [rows, out]; x is
+    kept.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, out: Tensor) -> None: ...
 
 
 class GatedProduct(Protocol):

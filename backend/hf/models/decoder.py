@@ -8,7 +8,9 @@ and value are one product, and so are gate and up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,8 @@ from backend.hf.models.blocks import Blocks, HeadLayout, Norm, Rotation
 from backend.hf.models.rope import read_rotary
 from backend.hf.precision import Precision
 from backend.interface import ModelBroken, Unsupported
+
+Pools: TypeAlias = Sequence[Tensor]  # of attention: one a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,11 @@ class DecoderShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()  # of each layer; empty: all of them see everything
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """Of its KV cache."""
+        return KvGeometry(self.layers, self.kv_heads, self.head_dim, self.head_dim)
 
 
 def base_shape(config: ModelConfig) -> DecoderShape:
@@ -114,6 +123,29 @@ class WeightReader:
         return torch.cat(weights), torch.cat(biases) if biases else None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Room:
+    """What layers leave to attention and back, the same memory for all of them."""
+
+    qkv: Tensor  # [tokens, (heads + 2 kv_heads) * head_dim]: query, key and value heads
+    mixed: Tensor  # [tokens, heads * head_dim]
+
+    def first(self, tokens: int) -> Room:
+        """The part for so many tokens."""
+        return Room(self.qkv[:tokens], self.mixed[:tokens])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Flow:
+    """A step on its way through the layers."""
+
+    x: Tensor  # [tokens, hidden]: the residual stream
+    rotation: Rotation
+    write_at: Tensor  # [tokens] int64
+    qkv: Tensor  # of the layer that attends next: see `Room`
+    mixed: Tensor  # of the layer that attended last
+
+
 class Layer:
     """One block: attention, then feed-forward, each added to the residual stream."""
 
@@ -159,25 +191,25 @@ class Layer:
             *reader.product({f"{mlp}.down_proj": shape.hidden}, shape.intermediate, shape.mlp_bias)
         )
 
-    def __call__(
-        self, x: Tensor, rotation: Rotation, batch: ForwardBatch, attention: PagedAttention
-    ) -> None:
-        """x [tokens, hidden], the residual stream; changed in place."""
-        self._output(self._attend(self._qkv(x), rotation, batch, attention), x)
-        self._down(self._gate_up(x), x)
+    def before(self, flow: Flow, pools: Pools) -> None:
+        """What attention reads: `flow.qkv` from `flow.x`, turned; K and V are in the pool."""
+        self._qkv(flow.x, flow.qkv)
+        self._turn(flow.qkv, flow.rotation, pools[self._index], flow.write_at)
 
-    def _attend(
-        self, qkv: Tensor, rotation: Rotation, batch: ForwardBatch, attention: PagedAttention
-    ) -> Tensor:
-        """qkv [tokens, (heads + 2 kv_heads) * head_dim]; turned in place, so that K and V are one
-        row for the pages.
-        """
+    def attend(self, flow: Flow, batch: ForwardBatch, attention: PagedAttention) -> None:
+        """`flow.mixed` from `flow.qkv`, for the tokens of `batch`."""
         heads, width = self._heads
-        self._turn(qkv, rotation, attention.pools[self._index], batch.write_at)
-        query = qkv[:, : heads * width].view(len(qkv), heads, width)
+        tokens = len(batch.token_ids)
+        qkv, mixed = flow.qkv[:tokens], flow.mixed[:tokens]
+        query = qkv[:, : heads * width].view(tokens, heads, width)
+        output = mixed.view(tokens, heads, width)
         kv = qkv[:, heads * width :]
-        mixed = attention.attend(self._index, query, kv, batch, self._options)
-        return mixed.reshape(len(qkv), heads * width)
+        attention.attend(self._index, query, kv, batch, self._options, output)
+
+    def after(self, flow: Flow) -> None:
+        """Add attention and feed-forward to `flow.x`."""
+        self._output(flow.mixed, flow.x)
+        self._down(self._gate_up(flow.x), flow.x)
 
 
 def _head_layout(shape: DecoderShape, reader: WeightReader, attention: str) -> HeadLayout:
@@ -204,6 +236,7 @@ class Decoder:
     ) -> None:
         reader = WeightReader(source, shape.epsilon)
         windows = shape.windows or (None,) * shape.layers
+        self._shape = shape
         self._compute = placing.precision.compute
         self._table = self._place_table(reader, shape, placing)
         rotary = read_rotary(config, shape.head_dim)
@@ -215,7 +248,8 @@ class Decoder:
         self._head = blocks.head(
             self._table if shape.tied else reader.table("lm_head", shape.vocabulary, shape.hidden)
         )
-        self.geometry = KvGeometry(shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+        self.geometry = shape.geometry
+        self.layers = shape.layers
         self.vocabulary = shape.vocabulary
         self.parameters = blocks.parameters + (not shape.tied) * self._table.numel()
         self.weight_bytes = blocks.weight_bytes
@@ -230,11 +264,52 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch, attention: PagedAttention) -> Tensor:
         """Final hidden states, ready for the head: [tokens, hidden]."""
-        x = F.embedding(batch.token_ids, self._table).to(self._compute)
-        rotation = self._turn_positions(batch.positions)
-        for layer in self._layers:
-            layer(x, rotation, batch, attention)
-        return self._norm(x)
+        pools = attention.pools
+        room = self.room(len(batch.token_ids))
+        flow = self.enter(batch.token_ids, batch.positions, batch.write_at, pools, room)
+        for layer in range(self.layers - 1):
+            self.attend(layer, flow, batch, attention)
+            self.advance(layer, flow, pools)
+        self.attend(self.layers - 1, flow, batch, attention)
+        return self.leave(flow)
+
+    # The parts of it, between which attention stands: `hidden` runs them one after the other,
+    # `PromptGraphs` from graphs.
+
+    def room(self, tokens: int) -> Room:
+        """For so many tokens; not written."""
+        shape = self._shape
+        width, table = shape.heads * shape.head_dim, self._table
+        rows = width + 2 * shape.kv_heads * shape.head_dim
+        return Room(
+            table.new_empty(tokens, rows, dtype=self._compute),
+            table.new_empty(tokens, width, dtype=self._compute),
+        )
+
+    def enter(
+        self, token_ids: Tensor, positions: Tensor, write_at: Tensor, pools: Pools, room: Room
+    ) -> Flow:
+        """As far as the first attention; all [tokens] int64."""
+        x = F.embedding(token_ids, self._table).to(self._compute)
+        flow = Flow(x, self._turn_positions(positions), write_at, room.qkv, room.mixed)
+        self._layers[0].before(flow, pools)
+        return flow
+
+    def attend(
+        self, layer: int, flow: Flow, batch: ForwardBatch, attention: PagedAttention
+    ) -> None:
+        """The attention of a layer, for the tokens of `batch`, which may be fewer than flow."""
+        self._layers[layer].attend(flow, batch, attention)
+
+    def advance(self, layer: int, flow: Flow, pools: Pools) -> None:
+        """From the attention of a layer to the next."""
+        self._layers[layer].after(flow)
+        self._layers[layer + 1].before(flow, pools)
+
+    def leave(self, flow: Flow) -> Tensor:
+        """From the last attention to the final hidden states [tokens, hidden]."""
+        self._layers[-1].after(flow)
+        return self._norm(flow.x)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Scores over the vocabulary: [rows, vocabulary] float32, in `out` where given."""

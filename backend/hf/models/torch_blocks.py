@@ -4,6 +4,9 @@ kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,32 +28,53 @@ from backend.hf.models.rope import Rotary
 from backend.hf.precision import Precision
 
 
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x [rows, width], normed."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.epsilon)
+
+
+def gate(x: Tensor) -> Tensor:
+    """x [rows, width] -> silu(gate) * up, its halves: [rows, width / 2]."""
+    gates, ups = x.chunk(2, dim=-1)
+    return F.silu(gates).mul_(ups)
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What is computed between the products: `compiled_blocks.py` brings functions of its own."""
+
+    norm: Callable[[Tensor, Norm], Tensor]  # as `rms_norm`
+    gate: Callable[[Tensor], Tensor]  # as `gate`
+    turner: Callable[[HeadLayout, Norm | None], TurnHeads]  # as `HeadTurner`
+
+
 class TorchBlocks:
     """`Blocks` of torch's operations."""
 
-    def __init__(self, precision: Precision, device: str) -> None:
+    def __init__(self, precision: Precision, device: str, between: Between | None = None) -> None:
         self._precision = precision
         self._device = device
+        self._between = between or Between(rms_norm, gate, HeadTurner)
         self._kind = linear_kind(precision, device)
         self.parameters = 0
         self.weight_bytes = 0
 
     def norm(self, norm: Norm) -> RowNorm:
-        norm = self._placed(norm)
-        return lambda x: rms_norm(x, norm)
+        norm, normed = self._placed(norm), self._between.norm
+        return lambda x: normed(x, norm)
 
     def normed_product(self, norm: Norm, weight: Tensor, bias: Tensor | None) -> NormedProduct:
-        norm, linear = self._placed(norm), self._linear(weight, bias)
-        return lambda x: linear(rms_norm(x, norm))
+        linear, normed = self._linear(weight, bias), self.norm(norm)
 
-    def gated_product(self, norm: Norm, weight: Tensor, bias: Tensor | None) -> GatedProduct:
-        norm, linear = self._placed(norm), self._linear(weight, bias)
-
-        def product(x: Tensor) -> Tensor:
-            gate, up = linear(rms_norm(x, norm)).chunk(2, dim=-1)
-            return F.silu(gate).mul_(up)
+        def product(x: Tensor, out: Tensor) -> None:
+            out.copy_(linear(normed(x)))
 
         return product
+
+    def gated_product(self, norm: Norm, weight: Tensor, bias: Tensor | None) -> GatedProduct:
+        linear, normed = self._linear(weight, bias), self.norm(norm)
+        gated = self._between.gate
+        return lambda x: gated(linear(normed(x)))
 
     def added_product(self, weight: Tensor, bias: Tensor | None) -> AddedProduct:
         linear = self._linear(weight, bias)
@@ -70,7 +94,7 @@ class TorchBlocks:
         return scores
 
     def turn_heads(self, layout: HeadLayout) -> TurnHeads:
-        return HeadTurner(layout, self._head_weight(layout))
+        return self._between.turner(layout, self._head_weight(layout))
 
     def turn_positions(self, rotary: Rotary, context: int) -> TurnPositions:
         return PositionTurner(rotary, self._precision.compute, self._device)
@@ -92,11 +116,6 @@ class TorchBlocks:
             return None
         rows = [query.weight.expand(layout.heads, -1), key.weight.expand(layout.kv_heads, -1)]
         return self._placed(Norm(torch.cat(rows), query.epsilon))
-
-
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x [rows, width], normed."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.epsilon)
 
 
 class PositionTurner:

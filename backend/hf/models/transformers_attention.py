@@ -63,7 +63,9 @@ class PagedStep:
     ) -> Tensor:
         kv = torch.cat((key.flatten(1), value.flatten(1)), dim=1)
         self.attention.pools[layer].index_copy_(0, self.batch.write_at, kv)
-        return self.attention.attend(layer, query, kv, self.batch, options)
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        self.attention.attend(layer, query, kv, self.batch, options, output)
+        return output
 
 
 class NotProven(Exception):

@@ -7,12 +7,15 @@ row, not the vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from backend.interface import SlotSetup
+from backend.hf.transfer import to_device
+from backend.interface import SamplingParams, SlotSetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +44,45 @@ class PenaltyTables:
         self._lengths = [0] * max_running  # the same on the host
         self._strengths = torch.zeros(max_running, 3, device=device)
 
-    def fill(self, setup: SlotSetup) -> None:
-        """Start the slot of `setup` from its prompt, which is not empty, and its output so far."""
-        slot, sampling = setup.slot, setup.sampling
-        output = torch.tensor(setup.output, dtype=torch.int64)
-        self._generated[slot] = output.bincount(minlength=self._generated.shape[1])
-        seen = sorted({*setup.prompt, *setup.output})
-        self._make_room(len(seen))
-        self._seen[slot] = seen[0]
-        self._seen[slot, : len(seen)] = torch.tensor(seen)
-        self._length[slot] = self._lengths[slot] = len(seen)
-        # within what float32 holds: 0 * inf would be NaN
-        repetition = min(max(sampling.repetition_penalty, 1e-30), 1e30)
-        strengths = [repetition, sampling.frequency_penalty, sampling.presence_penalty]
-        self._strengths[slot] = torch.tensor(strengths)
+    def fill(self, setups: Sequence[SlotSetup]) -> None:
+        """Start the slots of `setups` from their prompts, which are not empty, and their output so
+        far.
+        """
+        seen = [sorted({*setup.prompt, *setup.output}) for setup in setups]
+        slots = [setup.slot for setup in setups]
+        lengths = [len(ids) for ids in seen]
+        for slot, length in zip(slots, lengths, strict=True):
+            self._lengths[slot] = length
+        self._make_room(max(lengths))
+        room, vocabulary = self._seen.shape[1], self._generated.shape[1]
+        counts = [Counter(setup.output) for setup in setups]
+        parts = [
+            slots,
+            lengths,
+            [ids[0] for ids in seen],
+            [
+                slot * room + place
+                for slot, ids in zip(slots, seen, strict=True)
+                for place in range(len(ids))
+            ],
+            [token for ids in seen for token in ids],
+            [
+                slot * vocabulary + token
+                for slot, count in zip(slots, counts, strict=True)
+                for token in count
+            ],
+            [number for count in counts for number in count.values()],
+        ]
+        sent = to_device([value for part in parts for value in part], self._seen.device)
+        rows, length, first, places, ids, cells, numbers = sent.split([len(part) for part in parts])
+        self._seen.index_copy_(0, rows, first[:, None].expand(-1, room))
+        self._seen.view(-1).index_copy_(0, places, ids)
+        self._length.index_copy_(0, rows, length)
+        self._generated.index_fill_(0, rows, 0)
+        self._generated.view(-1).index_copy_(0, cells, numbers.int())
+        strengths = [_strengths(setup.sampling) for setup in setups]
+        sent = to_device(strengths, self._seen.device, torch.float32)
+        self._strengths.index_copy_(0, rows, sent)
 
     def _make_room(self, length: int) -> None:
         room = self._seen.shape[1]
@@ -85,3 +113,10 @@ class PenaltyTables:
         self._seen[slots, self._length[slots]] = tokens
         self._length[slots] += 1
         self._generated[slots, tokens] += 1
+
+
+def _strengths(sampling: SamplingParams) -> list[float]:
+    """Of repetition, frequency and presence."""
+    # within what float32 holds: 0 * inf would be NaN
+    repetition = min(max(sampling.repetition_penalty, 1e-30), 1e30)
+    return [repetition, sampling.frequency_penalty, sampling.presence_penalty]

@@ -2,64 +2,93 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from backend.hf.sampling.draw import draw, uniform
-from backend.hf.sampling.slots import Floor, RowPlan, SlotStates
+from backend.hf.sampling.edits import edits_of
+from backend.hf.sampling.slots import SlotStates
+from backend.hf.sampling.torch_draw import TorchDraw
+
+logger = logging.getLogger(__name__)
+
+
+class Draw(Protocol):
+    """Draws one token a row by the settings of its slot, and leaves it in `last_token`.
+
+    A token is a pure function of (its row of logits, settings, position), in any company. A row
+    that asks for nothing is its argmax, the lowest id of a tie; a row of NaN or of -inf alone is
+    some id.
+    """
+
+    def __call__(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, on_host: Sequence[int]
+    ) -> Tensor:
+        """The arguments and the result are those of `Sampler.draw`."""
 
 
 class Sampler:
-    """Draws the next token of each row and advances its slot. One owner: the executor."""
+    """Draws the next token of each row and advances its slot. One owner: the executor.
 
-    def __init__(self, states: SlotStates) -> None:
+    The order of operations is that of `SamplingParams`.
+    """
+
+    def __init__(self, states: SlotStates, draw: Draw) -> None:
         self._states = states
+        self._draw = draw
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Tokens [rows] int64 for `logits` [rows, vocabulary] float32: row i belongs to
-        `slots[i]`, each there once, and is the token at `positions[i]`.
+    def draw(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, on_host: Sequence[int]
+    ) -> Tensor:
+        """Tokens [rows] int64 for raw `logits` [rows, vocabulary] float32, which stay as they are:
+        row i belongs to `slots[i]` (int64), each there once but the spare one, and is the token at
+        `positions[i]` (int64). Edits nothing: see `redraw`.
 
-        Edits the rows with penalties, biases or a minimum length in place. The order of operations
-        is that of `SamplingParams`. A row that asks for nothing is its argmax, the lowest id of a
-        tie.
+        `on_host` are the slots again. Our kernels do not read it, so that a graph may hold this
+        call.
         """
-        plan = self._states.plan(tuple(slots))
-        self._edit(logits, plan, positions)
-        tokens = _choose(logits, plan, positions)
-        self._advance(plan, tokens)
-        return tokens
+        return self._draw(logits, slots, positions, on_host)
 
-    def _edit(self, logits: Tensor, plan: RowPlan, positions: Sequence[int]) -> None:
-        if plan.penalised is not None:
-            self._states.penalties.apply(logits, plan.penalised)
-        if plan.biases is not None:
-            where = (plan.biases.rows, plan.biases.tokens)
-            logits.index_put_(where, plan.biases.values, accumulate=True)
-        early = [floor for floor in plan.floors if positions[floor.row] < floor.min_position]
-        if early:
-            _forbid_stopping(logits, early)
+    def redraw(
+        self, logits: Tensor, tokens: Tensor, slots: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        """Draw again, into `tokens` and `last_token`, the rows that edit their logits first:
+        penalties, bias, minimum length. Copies those rows, and costs nothing when there are none.
 
-    def _advance(self, plan: RowPlan, tokens: Tensor) -> None:
-        self._states.last_token.index_copy_(0, plan.slots, tokens)
-        if plan.penalised is not None:
-            self._states.penalties.advance(plan.penalised, tokens[plan.penalised.rows])
-
-
-def _choose(logits: Tensor, plan: RowPlan, positions: Sequence[int]) -> Tensor:
-    if not plan.groups:
-        return logits.argmax(-1)
-    tokens = logits.argmax(-1) if plan.greedy else torch.empty_like(plan.slots)
-    drawn = torch.tensor(positions, dtype=torch.int64, device=logits.device)
-    for group in plan.groups:
-        share = uniform(group.params.seed, drawn[group.rows])
-        tokens[group.rows] = draw(logits[group.rows], group.params, share, group.filters)
-    return tokens
+        The arguments are those of `draw`, and its result; once a step.
+        """
+        states = self._states
+        edits = edits_of(states.edits, slots, positions, states.vocabulary, states.device)
+        if edits is None:
+            return
+        edited = logits.index_select(0, edits.rows)
+        if edits.penalised is not None:
+            states.penalties.apply(edited, edits.penalised)
+        edits.apply(edited)
+        drawn = self._draw(edited, edits.slots, edits.positions, edits.on_host)
+        tokens.index_copy_(0, edits.rows, drawn)
+        if edits.penalised is not None:
+            states.penalties.advance(edits.penalised, drawn[edits.penalised.rows])
 
 
-def _forbid_stopping(logits: Tensor, floors: Sequence[Floor]) -> None:
-    pairs = [(floor.row, token) for floor in floors for token in floor.stop_ids]
-    rows, tokens = torch.tensor(pairs, dtype=torch.int64, device=logits.device).unbind(-1)
-    logits[rows, tokens] = -math.inf
+def open_sampler(
+    max_running: int, vocabulary: int, device: torch.device | str, kernels: bool = False
+) -> tuple[SlotStates, Sampler]:
+    """The state of `max_running` slots on `device` and the sampler that works on it.
+    `kernels`: ours run on this device.
+    """
+    states = SlotStates(max_running, vocabulary, torch.device(device))
+    return states, Sampler(states, _open_draw(states, kernels))
+
+
+def _open_draw(states: SlotStates, kernels: bool) -> Draw:
+    if not kernels:
+        if states.device.type == "cuda":
+            logger.warning("our kernels do not run on this device: draws wait for it")
+        return TorchDraw(states)
+    from backend.hf.sampling.triton_draw import TritonDraw  # triton is there with CUDA only
+
+    return TritonDraw(states)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend.hf.sampling import Sampler, SlotStates, token_logprobs
+from backend.hf.sampling import Sampler, Scorer, open_sampler
 from backend.hf.sampling.draw import LARGEST, uniform
+from backend.hf.sampling.penalties import PenalisedRows, PenaltyTables
 from backend.interface import SamplingParams, SlotSetup
 
 CPU = torch.device("cpu")
@@ -101,10 +102,20 @@ def setup_for(slot: int, sampling: SamplingParams, **changes: object) -> SlotSet
 
 
 def sampler_of(setups: Sequence[SlotSetup], vocabulary: int) -> Sampler:
-    states = SlotStates(max(setup.slot for setup in setups) + 1, vocabulary, CPU)
-    for setup in setups:
-        states.take(setup)
-    return Sampler(states)
+    states, sampler = open_sampler(max(setup.slot for setup in setups) + 1, vocabulary, CPU)
+    states.take(setups)
+    return sampler
+
+
+def sample(
+    sampler: Sampler, logits: Tensor, slots: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Tokens of a step. Logits stay as they are, to the last bit."""
+    before = logits.clone()
+    tokens = sampler.draw(logits, torch.tensor(slots), torch.tensor(positions), slots)
+    sampler.redraw(logits, tokens, slots, positions)
+    assert torch.equal(logits.view(torch.int32), before.view(torch.int32))
+    return tokens
 
 
 FIELDS = {
@@ -154,7 +165,7 @@ def test_every_field_draws_what_the_plain_sampler_allows(
         setup_for(slot, FIELDS[field], min_position=floor) for slot, floor in enumerate(floors)
     ]
     positions = [100 + slot for slot in range(12)]
-    tokens = sampler_of(setups, vocabulary).sample(logits.clone(), range(12), positions)
+    tokens = sample(sampler_of(setups, vocabulary), logits, range(12), positions)
     for token, row, setup, position in zip(
         tokens.tolist(), logits.tolist(), setups, positions, strict=True
     ):
@@ -165,10 +176,10 @@ def test_a_mixed_batch_draws_for_each_row_what_it_draws_alone() -> None:
     setups = [setup_for(slot, sampling) for slot, sampling in enumerate(FIELDS.values())]
     logits = random_rows(len(setups), LARGE)
     order = random.Random(1).sample(range(len(setups)), len(setups))
-    together = sampler_of(setups, LARGE).sample(logits[order].clone(), order, order)
+    together = sample(sampler_of(setups, LARGE), logits[order], order, order)
     for slot, token in zip(order, together.tolist(), strict=True):
         alone = sampler_of([setups[slot]], LARGE)
-        assert alone.sample(logits[slot : slot + 1].clone(), [slot], [slot]).item() == token
+        assert sample(alone, logits[slot : slot + 1], [slot], [slot]).item() == token
 
 
 # The draw.
@@ -177,16 +188,16 @@ def test_a_mixed_batch_draws_for_each_row_what_it_draws_alone() -> None:
 def test_a_tie_at_the_border_of_the_candidates_is_kept() -> None:
     logits = torch.zeros(1500, LARGEST + 30)  # all tie: top_k 2 keeps all
     setups = [setup_for(row, SamplingParams(temperature=1.0, top_k=2)) for row in range(1500)]
-    tokens = sampler_of(setups, LARGEST + 30).sample(logits, range(1500), [0] * 1500)
+    tokens = sample(sampler_of(setups, LARGEST + 30), logits, range(1500), [0] * 1500)
     assert set(tokens.tolist()) == set(range(LARGEST + 30))
 
 
 @pytest.mark.parametrize("top_k", range(1, 7))
 def test_logits_one_bit_apart_are_told_apart(top_k: int) -> None:
     bits = torch.tensor([0x3F800003, 0x3F800001, 0x3F800000, 0x3F800400, 0x3F800002, 0, 0x3F900000])
-    logits = -bits.int().view(torch.float32).expand(500, -1)
+    logits = -bits.int().view(torch.float32).repeat(500, 1)
     setups = [setup_for(row, SamplingParams(temperature=1.0, top_k=top_k)) for row in range(500)]
-    tokens = sampler_of(setups, 7).sample(logits.clone(), range(500), [0] * 500)
+    tokens = sample(sampler_of(setups, 7), logits, range(500), [0] * 500)
     assert set(tokens.tolist()) == set([5, 2, 1, 4, 0, 3][:top_k])
 
 
@@ -195,14 +206,14 @@ def test_a_draw_is_the_same_in_any_company(field: str) -> None:
     vocabulary = 20_011
     row = random_rows(1, vocabulary, seed=3)
     setups = [setup_for(slot, FIELDS[field]) for slot in range(17)]
-    expected = sampler_of(setups, vocabulary).sample(row.clone(), [4], [9]).item()
+    expected = sample(sampler_of(setups, vocabulary), row, [4], [9]).item()
     for rows in (2, 5, 17):
         company = random_rows(rows, vocabulary, seed=rows)
         slots = [slot for slot in range(17) if slot != 4][: rows - 1]
         for place in (0, rows // 2, rows - 1):
             batch = torch.cat([company[:place], row, company[place : rows - 1]])
             order = [*slots[:place], 4, *slots[place:]]
-            tokens = sampler_of(setups, vocabulary).sample(batch, order, [9] * rows)
+            tokens = sample(sampler_of(setups, vocabulary), batch, order, [9] * rows)
             assert tokens[place].item() == expected
 
 
@@ -212,20 +223,39 @@ def test_a_draw_is_the_same_in_any_company(field: str) -> None:
 def test_plain_greedy_rows_cost_an_argmax_and_nothing_else() -> None:
     logits = with_ties(4, LARGE)
     sampler = sampler_of([setup_for(slot, SamplingParams()) for slot in range(4)], LARGE)
-    sampler.sample(logits, range(4), [0] * 4)
+    slots, positions = torch.arange(4), torch.ones(4, dtype=torch.int64)
+    sampler.draw(logits, slots, positions, range(4))
     with torch.autograd.profiler.profile() as profile:
-        tokens = sampler.sample(logits, range(4), [1] * 4)
+        tokens = sampler.draw(logits, slots, positions, range(4))
+        sampler.redraw(logits, tokens, range(4), [1] * 4)
     operators = [event.name for event in profile.function_events if not event.cpu_parent]
     assert operators == ["aten::argmax", "aten::index_copy_"]
     assert tokens.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
-def test_a_drawn_token_is_the_last_of_its_slot_and_of_no_other() -> None:
-    states = SlotStates(4, SMALL, CPU)
-    for slot in range(4):
-        states.take(setup_for(slot, SamplingParams(temperature=1.0 * (slot % 2))))
-    tokens = Sampler(states).sample(random_rows(2, SMALL), [3, 0], [8, 9]).tolist()
+@pytest.mark.parametrize("bias", [(), ((7, 100.0),)])
+def test_a_drawn_token_is_the_last_of_its_slot_and_of_no_other(
+    bias: tuple[tuple[int, float], ...],
+) -> None:
+    states, sampler = open_sampler(4, SMALL, CPU)
+    states.take(
+        [setup_for(slot, SamplingParams(temperature=1.0 * (slot % 2))) for slot in range(3)]
+    )
+    states.take([setup_for(3, SamplingParams(temperature=1.0, logit_bias=bias))])
+    tokens = sample(sampler, random_rows(2, SMALL), [3, 0], [8, 9]).tolist()
     assert states.last_token[:4].tolist() == [tokens[1], 0, 0, tokens[0]]
+    assert not bias or tokens[0] == 7
+
+
+def test_padding_rows_are_greedy_and_touch_no_slot() -> None:
+    states, sampler = open_sampler(3, LARGE, CPU)
+    states.take([setup_for(1, FIELDS["all"]), setup_for(2, FIELDS["top_p"])])
+    logits = random_rows(5, LARGE)
+    slots, positions = [2, 1, 3, 3, 3], [30, 40, 0, 0, 0]
+    tokens = sample(sampler, logits, slots, positions)
+    alone = sample(sampler_of(list(states.setups.values()), LARGE), logits[:2], [2, 1], [30, 40])
+    assert tokens.tolist() == [*alone.tolist(), *logits[2:].argmax(-1).tolist()]
+    assert states.last_token[:3].tolist() == [0, tokens[1], tokens[0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -240,8 +270,8 @@ def test_penalties_advanced_by_draws_equal_those_rebuilt_from_ids(temperature: f
         logits = random_rows(3, SMALL, seed=step)
         slots = [slot for slot in range(3) if step % 7 != slot]  # not every slot in every step
         positions = [len(setups[slot].prompt) + len(setups[slot].output) for slot in slots]
-        rebuilt = sampler_of(setups, SMALL).sample(logits[slots].clone(), slots, positions)
-        tokens = advanced.sample(logits[slots].clone(), slots, positions)
+        rebuilt = sample(sampler_of(setups, SMALL), logits[slots], slots, positions)
+        tokens = sample(advanced, logits[slots], slots, positions)
         assert tokens.tolist() == rebuilt.tolist()
         for slot, token, position in zip(slots, tokens.tolist(), positions, strict=True):
             assert_drawn_right(token, logits[slot].tolist(), setups[slot], position)
@@ -250,19 +280,19 @@ def test_penalties_advanced_by_draws_equal_those_rebuilt_from_ids(temperature: f
 
 def test_a_slot_taken_anew_keeps_nothing_of_the_one_before() -> None:
     chooser = random.Random(2)
-    used = SlotStates(2, LARGE, CPU)
+    states, used = open_sampler(2, LARGE, CPU)
     for step in range(120):
         sampling = chooser.choice(list(FIELDS.values()))
         setup = setup_for(chooser.randrange(2), sampling, min_position=chooser.choice([0, 50]))
         if sampling.penalised:
             seen = tuple(chooser.choices(range(LARGE), k=chooser.choice([3, 100])))
             setup = replace(setup, prompt=seen, output=seen[:2])
-        used.take(setup)
+        states.take([setup])
         fresh = sampler_of([setup], LARGE)
         logits = random_rows(1, LARGE, seed=step)
         for position in (40, 60):
-            expected = fresh.sample(logits.clone(), [setup.slot], [position])
-            assert Sampler(used).sample(logits.clone(), [setup.slot], [position]) == expected
+            expected = sample(fresh, logits, [setup.slot], [position])
+            assert sample(used, logits, [setup.slot], [position]) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -271,7 +301,7 @@ def test_a_stop_id_can_be_drawn_from_the_minimum_position_on(temperature: float)
     logits[0, 3] = 50.0
     setup = setup_for(0, SamplingParams(temperature=temperature), min_position=7)
     sampler = sampler_of([setup], SMALL)
-    drawn = [sampler.sample(logits.clone(), [0], [position]).item() for position in range(4, 10)]
+    drawn = [sample(sampler, logits, [0], [position]).item() for position in range(4, 10)]
     assert [token == 3 for token in drawn] == [False] * 3 + [True] * 3
 
 
@@ -280,9 +310,9 @@ def test_a_broken_row_yields_an_id_and_leaves_its_neighbours_alone(broken: float
     for field in ("greedy", "temperature", "top_p", "all"):
         setups = [setup_for(slot, FIELDS[field]) for slot in range(3)]
         logits = random_rows(3, LARGE)
-        whole = sampler_of(setups, LARGE).sample(logits.clone(), range(3), [1] * 3)
+        whole = sample(sampler_of(setups, LARGE), logits, range(3), [1] * 3)
         logits[1] = broken
-        tokens = sampler_of(setups, LARGE).sample(logits.clone(), range(3), [1] * 3)
+        tokens = sample(sampler_of(setups, LARGE), logits, range(3), [1] * 3)
         assert 0 <= tokens[1] < LARGE
         assert tokens[[0, 2]].tolist() == whole[[0, 2]].tolist()
 
@@ -293,8 +323,10 @@ def test_an_extreme_repetition_penalty_never_makes_a_logit_that_is_no_number(
 ) -> None:
     logits = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
     sampling = SamplingParams(temperature=1.0, repetition_penalty=penalty)
-    setup = setup_for(0, sampling, prompt=(0, 1, 2), output=(), stop_ids=())
-    sampler_of([setup], 4).sample(logits, [0], [0])
+    tables = PenaltyTables(1, 4, CPU)
+    tables.fill([setup_for(0, sampling, prompt=(0, 1, 2), output=())])
+    first = torch.tensor([0])
+    tables.apply(logits, PenalisedRows(first, first, (0,)))
     assert not logits.isnan().any()
 
 
@@ -302,7 +334,7 @@ def test_an_extreme_repetition_penalty_never_makes_a_logit_that_is_no_number(
 def test_a_temperature_too_small_for_float32_draws_the_most_probable(temperature: float) -> None:
     logits = random_rows(1, SMALL)
     setup = setup_for(0, SamplingParams(temperature=temperature))
-    assert sampler_of([setup], SMALL).sample(logits.clone(), [0], [0]) == logits.argmax()
+    assert sample(sampler_of([setup], SMALL), logits, [0], [0]) == logits.argmax()
 
 
 # Log-probabilities.
@@ -311,7 +343,7 @@ def test_a_temperature_too_small_for_float32_draws_the_most_probable(temperature
 def test_log_probabilities_are_those_of_the_raw_logits() -> None:
     logits = random_rows(5, LARGE)
     tokens, tops = [0, 7, 299, 11, 50], [0, 3, 20, 1, 0]
-    entries = token_logprobs(logits, torch.tensor(tokens), tops)
+    entries = Scorer().start(logits, torch.tensor(tokens), max(tops)).read(tops)
     for entry, row, token, top in zip(entries, logits.tolist(), tokens, tops, strict=True):
         norm = math.log(sum(math.exp(value) for value in row))
         best = sorted(range(LARGE), key=lambda index: -row[index])[:top]
@@ -324,9 +356,16 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
 
 
 def test_more_alternatives_than_tokens_are_all_the_tokens() -> None:
-    (entry,) = token_logprobs(torch.zeros(1, 4), torch.tensor([2]), [20])
-    assert sorted(index for index, _ in entry.top) == [0, 1, 2, 3]
+    (entry,) = Scorer().start(torch.zeros(1, 4), torch.tensor([2]), 20).read([20])
+    assert [index for index, _ in entry.top] == [0, 1, 2, 3]
+
+
+def test_alternatives_that_tie_stand_in_the_order_of_their_ids() -> None:
+    logits = with_ties(20, LARGE)
+    for top in (2, 20, LARGE):
+        for entry in Scorer().start(logits, torch.zeros(20).long(), top).read([top] * 20):
+            assert entry.top == tuple(sorted(entry.top, key=lambda found: (-found[1], found[0])))
 
 
 def test_no_rows_have_no_log_probabilities() -> None:
-    assert token_logprobs(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), []) == []
+    assert Scorer().start(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 0).read([]) == []

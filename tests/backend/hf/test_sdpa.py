@@ -56,7 +56,8 @@ class Sequences:
         batch = self.batch(parts, len(decodes))
         kv = torch.cat([self.rows[s][positions] for s, positions in parts])
         pool.index_copy_(0, batch.write_at, kv)
-        got = self.attention.attend(0, query, kv, batch, options)
+        got = torch.full((*query.shape[:2], GEOMETRY.value_width), torch.nan)
+        self.attention.attend(0, query, kv, batch, options, got)
         owners = [(s, int(position)) for s, positions in parts for position in positions]
         right = [
             dense(one, self.rows[s][: position + 1], options)

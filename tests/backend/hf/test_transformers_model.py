@@ -112,15 +112,22 @@ class LoopAttention:
         self.geometry = geometry
         pool = torch.full((geometry.layers, PAGES * PAGE, geometry.row), float("nan"))
         self.pools: list[Tensor] = list(pool)
+        self.capturable = False
 
     def attend(
-        self, layer: int, query: Tensor, kv: Tensor, batch: ForwardBatch, options: AttentionOptions
-    ) -> Tensor:
+        self,
+        layer: int,
+        query: Tensor,
+        kv: Tensor,
+        batch: ForwardBatch,
+        options: AttentionOptions,
+        output: Tensor,
+    ) -> None:
         pages = list(batch.decodes.pages)
         for span in batch.spans:
             pages += [span.pages] * span.count
         rows = zip(query, batch.positions.tolist(), pages, strict=True)
-        return torch.stack([self._attend(layer, *row, options) for row in rows])
+        torch.stack([self._attend(layer, *row, options) for row in rows], out=output)
 
     def _attend(
         self, layer: int, query: Tensor, position: int, pages: Tensor, options: AttentionOptions

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -24,14 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from backend.hf.attention import (
-    ATTENTION,
-    AttentionOptions,
-    AttentionSetup,
-    KvGeometry,
-    PagedAttention,
-)
-from backend.hf.batch import DecodeRows, ForwardBatch, PrefillSpan
+from backend.hf.attention import AttentionSetup
 from backend.interface import SamplingParams
 from config import (
     BackendSettings,
@@ -42,40 +34,12 @@ from config import (
     Settings,
 )
 from engine.llm import LLM
+from tests.backend.hf.kernels.paged_sequences import Case, Part, Sequences
 from tests.backend.hf.reference import random_prompts
 
 pytestmark = pytest.mark.gpu
 
 MOST_ERROR = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of values in +-5
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What the kernels are compiled for."""
-
-    dtype: torch.dtype = torch.bfloat16
-    group: int = 2
-    key_width: int = 128
-    value_width: int = 128
-    page: int = 16
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    kv_heads: int = 4
-
-    @property
-    def heads(self) -> int:
-        return self.kv_heads * self.group
-
-    def options(self) -> AttentionOptions:
-        sinks = torch.linspace(-2, 6, self.heads, device="cuda") if self.sinks else None
-        return AttentionOptions(self.key_width**-0.5, self.window, self.softcap, sinks)
-
-    def open(self, name: str, pages: int, dtype: torch.dtype) -> Any:
-        geometry = KvGeometry(1, self.kv_heads, self.key_width, self.value_width)
-        module, kind = ATTENTION[name].split(":")
-        setup = AttentionSetup(geometry, pages, self.page, dtype, "cuda")
-        return getattr(import_module(module), kind)(setup)
 
 
 def of_width(width: int, dtype: torch.dtype) -> Case:
@@ -97,99 +61,40 @@ CASES = {
 }
 
 
-class Sequences:
-    """Sequences of random keys and values in pages of random order."""
-
-    def __init__(self, case: Case, lengths: list[int]) -> None:
-        torch.manual_seed(sum(lengths))
-        self.case = case
-        width = case.kv_heads * (case.key_width + case.value_width)
-        self.rows = [self.random(length, width) for length in lengths]
-        pages = [-(-length // case.page) for length in lengths]
-        self.tables: list[Tensor] = list(torch.randperm(sum(pages), device="cuda").split(pages))
-        self.kernels = case.open("triton", sum(pages), case.dtype)
-        self.reference = case.open("sdpa", sum(pages), torch.float32)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda").to(self.case.dtype)
-
-    def places(self, sequence: int, positions: Tensor) -> Tensor:
-        page, table = self.case.page, self.tables[sequence]
-        return table[positions // page] * page + positions % page
-
-    def error(self, decodes: list[int], chunks: list[tuple[int, int]]) -> float:
-        """Decode the last position of `decodes`; attend for the positions of each chunk (sequence,
-        start) on. Returns the largest difference.
-        """
-        starts = [(s, len(self.rows[s]) - 1) for s in decodes] + chunks
-        parts = [(s, torch.arange(at, len(self.rows[s]), device="cuda")) for s, at in starts]
-        batch = self.batch(parts, len(decodes))
-        kv = torch.cat([self.rows[s][positions] for s, positions in parts])
-        wide = self.random(len(kv), self.case.heads + 1, self.case.key_width)
-        query = wide[:, : self.case.heads]  # a view, as the decoder's is
-        got, right = (
-            self.attend(attention, rest, query.to(dtype), kv.to(dtype), batch, starts)
-            for attention, rest, dtype in (
-                (self.kernels, torch.nan, self.case.dtype),
-                (self.reference, 0.0, torch.float32),
-            )
+def error(
+    case: Case, lengths: list[int], steps: list[tuple[list[int], list[tuple[int, int]]]]
+) -> float:
+    """The largest difference over steps that decode the last position of sequences, and attend from
+    a start to the end in chunks (sequence, start).
+    """
+    sequences = Sequences(case, lengths)
+    kernels = sequences.open("triton", case.dtype)
+    reference = sequences.open("sdpa", torch.float32)
+    sequences.fill(kernels.pools[0], torch.nan)
+    sequences.fill(reference.pools[0], 0.0)
+    errors = []
+    for decodes, chunks in steps:
+        parts = (
+            [Part(s, lengths[s] - 1, lengths[s]) for s in decodes],
+            [Part(s, start, lengths[s]) for s, start in chunks],
         )
-        assert got.dtype == self.case.dtype
+        got = sequences.attend(kernels, *parts)
+        assert got.dtype == case.dtype
         assert not got.isnan().any()
-        return (got.float() - right).abs().max().item()
-
-    def attend(
-        self,
-        attention: PagedAttention,
-        rest: float,
-        query: Tensor,
-        kv: Tensor,
-        batch: ForwardBatch,
-        starts: list[tuple[int, int]],
-    ) -> Tensor:
-        (pool,) = attention.pools
-        pool.fill_(rest)
-        for s, at in starts:
-            before = torch.arange(at, device="cuda")
-            pool[self.places(s, before)] = self.rows[s][before].to(pool.dtype)
-        pool.index_copy_(0, batch.write_at, kv)
-        return attention.attend(0, query, kv, batch, self.case.options())
-
-    def batch(self, parts: list[tuple[int, Tensor]], decodes: int) -> ForwardBatch:
-        lengths = [len(self.rows[s]) for s, _ in parts[:decodes]]
-        longest = -(-max(lengths, default=0) // self.case.page)
-        tables = torch.zeros(decodes, longest, dtype=torch.int64, device="cuda")
-        for row, (s, _) in enumerate(parts[:decodes]):
-            tables[row, : len(self.tables[s])] = self.tables[s]
-        spans, offset = [], decodes
-        for s, positions in parts[decodes:]:
-            spans.append(PrefillSpan(offset, len(positions), int(positions[0]), self.tables[s]))
-            offset += len(positions)
-        return ForwardBatch(
-            token_ids=torch.zeros(offset, dtype=torch.int64, device="cuda"),
-            positions=torch.cat([positions for _, positions in parts]),
-            write_at=torch.cat([self.places(s, positions) for s, positions in parts]),
-            decodes=DecodeRows(
-                decodes,
-                torch.arange(decodes, device="cuda"),
-                torch.tensor(lengths, device="cuda"),
-                tables,
-                tables.shape[1],
-            ),
-            spans=tuple(spans),
-        )
+        errors.append((got.float() - sequences.attend(reference, *parts)).abs().max().item())
+    return max(errors)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_decodes_and_chunks_attend_as_sdpa_does(name: str) -> None:
     case = CASES[name]
     rng = random.Random(name)
-    long = Sequences(case, [1, 2, 16, 17, 255, 257, 512, 3000, rng.randint(1, 3000), 3000, 70, 600])
-    mixed = long.error(list(range(8)), [(8, 0), (9, 2500), (10, 69), (11, 1)])
-    assert mixed < MOST_ERROR[case.dtype]
-    assert long.error([], [(7, 1003), (0, 0), (8, 0)]) < MOST_ERROR[case.dtype]
-    many = Sequences(case, [1, *(rng.randint(1, 300) for _ in range(198)), 300])  # never split
-    assert many.error(list(range(200)), []) < MOST_ERROR[case.dtype]
+    long = [1, 2, 16, 17, 255, 257, 512, 3000, rng.randint(1, 3000), 3000, 70, 600]
+    mixed = list(range(8)), [(8, 0), (9, 2500), (10, 69), (11, 1)]
+    chunks: tuple[list[int], list[tuple[int, int]]] = [], [(7, 1003), (0, 0), (8, 0)]
+    assert error(case, long, [mixed, chunks]) < MOST_ERROR[case.dtype]
+    many = [1, *(rng.randint(1, 300) for _ in range(198)), 300, 3000]
+    assert error(case, many, [(list(range(201)), [])]) < MOST_ERROR[case.dtype]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -197,19 +102,85 @@ def test_a_random_mixed_batch_attends_as_sdpa_does(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.randint(1, rng.choice([20, 300, 3000])) for _ in range(rng.randint(2, 40))]
     case = replace(Case(), dtype=rng.choice([torch.bfloat16, torch.float32]))
-    sequences = Sequences(case, lengths)
     cut = rng.randint(0, len(lengths) - 1)
     chunks = [(s, rng.randrange(lengths[s])) for s in range(cut, len(lengths))]
-    assert sequences.error(list(range(cut)), chunks) < MOST_ERROR[case.dtype]
+    assert error(case, lengths, [(list(range(cut)), chunks)]) < MOST_ERROR[case.dtype]
 
 
-def test_splits_fill_the_chip_but_are_not_shorter_than_it_pays() -> None:
-    attention = import_module("backend.hf.attention.triton")
-    assert attention.split_count(programs=5000, tokens=100_000, wanted=4000) == 1
-    assert attention.split_count(programs=256, tokens=4096, wanted=3000) == 8
-    assert attention.split_count(programs=8, tokens=1000, wanted=3000) == 8
-    assert attention.split_count(programs=8, tokens=128, wanted=3000) == 1
-    assert attention.split_count(programs=1, tokens=1 << 20, wanted=3000) == 64
+@pytest.mark.parametrize("count", [4096, 2500])
+def test_a_prompt_of_wide_tiles_attends_as_sdpa_does(count: int) -> None:
+    for case in (Case(), Case(kv_heads=8), Case(kv_heads=1, group=16, sinks=True)):
+        steps: list[tuple[list[int], list[tuple[int, int]]]] = [([2], [(0, 0), (1, 77)])]
+        assert error(case, [count, count, 50], steps) < MOST_ERROR[case.dtype]
+
+
+def test_a_sequence_of_nan_leaves_its_neighbours_alone() -> None:
+    sequences = Sequences(Case(), [100, 33, 300])
+    sequences.rows[1].fill_(torch.nan)
+    kernels = sequences.open("triton", torch.bfloat16)
+    sequences.fill(kernels.pools[0], 0.0)
+    got = sequences.attend(kernels, [], [Part(0, 0, 100), Part(1, 0, 33), Part(2, 0, 300)])
+    assert not got[:100].isnan().any()
+    assert got[100:133].isnan().all()
+    assert not got[133:].isnan().any()
+
+
+@pytest.mark.parametrize("count", [1, 9, 300])
+@pytest.mark.parametrize("window", [None, 500])
+def test_a_plan_covers_what_each_row_sees_and_splits_what_is_long(
+    count: int, window: int | None
+) -> None:
+    rng = random.Random(count)
+    lengths = [rng.randint(1, 400) for _ in range(count)] + [60_000]
+    sequences = Sequences(Case(kv_heads=1, group=1, key_width=16, value_width=16), lengths)
+    launch = import_module("backend.hf.attention.triton_launch")
+    decode = import_module("backend.hf.attention.triton_decode")
+    setup = AttentionSetup(sequences.case.geometry, 1, 16, torch.bfloat16, "cuda")
+    rows = sequences.batch([Part(s, n - 1, n) for s, n in enumerate(lengths)], []).decodes
+    plan = decode.DecodeAttention(launch.Kernels(setup))._plan(rows, window, 1)
+    pieces = plan.pieces[1 : 1 + plan.pieces[0, 0].item()].tolist()
+    assert len(pieces) <= plan.programs
+    assert not plan.counters.any()
+    cells = [piece[6] for piece in pieces if piece[5] > 1]
+    assert cells == list(range(len(cells)))
+    assert len(cells) <= len(plan.parts)
+    for row, (length, slot) in enumerate(zip(lengths, rows.slots.tolist(), strict=True)):
+        own = [piece for piece in pieces if piece[0] == row]
+        assert [piece[4] for piece in own] == list(range(len(own)))
+        assert {(piece[1], piece[5]) for piece in own} == {(slot, len(own))}
+        assert own[0][2] == max(0, length - (window or length))
+        assert [piece[3] for piece in own] == [*(piece[2] for piece in own[1:]), length]
+    most = max(piece[3] - piece[2] for piece in pieces)
+    smallest, total = plan.cutting.smallest, sum(min(n, window or n) for n in lengths)
+    assert most <= -(-total // (plan.programs - len(lengths)) // smallest) * smallest + smallest
+
+
+def test_a_graph_attends_at_every_length() -> None:
+    lengths = [5000, 300, 1, 2000]
+    sequences = Sequences(Case(), lengths)
+    kernels = sequences.open("triton", torch.bfloat16)
+    sequences.fill(kernels.pools[0], torch.nan)
+    batch = sequences.batch([Part(s, 0, 1) for s in range(4)], [])
+    query = torch.randn(4, 8, 128, device="cuda").bfloat16()
+    kv = torch.zeros(4, 1024, device="cuda").bfloat16()
+
+    def attend() -> torch.Tensor:
+        output = torch.empty_like(query)
+        kernels.attend(0, query, kv, batch, sequences.case.options(), output)
+        return output
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend()
+    for now in ([1, 1, 1, 1], lengths, [64, 300, 1, 129], [3111, 17, 1, 2000]):
+        batch.decodes.lengths.copy_(torch.tensor(now))
+        batch.decodes.slots.copy_(sequences.slots)
+        graph.replay()
+        assert torch.equal(output, attend())
+        assert not output.isnan().any()
+        only = sequences.rows[2][0, 512:].view(4, 128)  # what one key alone has for value
+        assert torch.equal(output[2], only.repeat_interleave(2, 0))
 
 
 SIZES: dict[str, Any] = {
