@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,6 +13,7 @@ import psutil
 import torch
 
 from backend.hf.forecast import (
+    SCORED_ROWS,
     CudaMemory,
     Peak,
     count_tokens,
@@ -68,7 +70,6 @@ class CudaAllocator:
     """torch's, on the current device."""
 
     def restart(self) -> None:
-        gc.collect()  # tensors in a cycle would be counted for whoever comes next
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -114,6 +115,8 @@ def measure_peak(
     Raises StartFailed when they do not fit.
     """
     allocator = allocator or CudaAllocator()
+    started = time.monotonic()
+    gc.collect()  # tensors in a cycle would be counted for whoever comes next
     allocator.restart()
     before = allocator.allocated()
     executor = open_executor()
@@ -132,17 +135,18 @@ def measure_peak(
     beside = allocator.allocated()
     executor.close()
     del executor
+    gc.collect()
     allocator.restart()
     held = beside - allocator.allocated()  # but workspaces, which stay
-    graphs = 0
-    if graphed is not None:
-        graphs = graph_reserve(graphed, spec.max_step_tokens, spec.dtype, plain)
+    graphs = graph_reserve(graphed, spec.max_step_tokens, spec.dtype, plain) if graphed else 0
     peak = Peak(held, prefill, decode, graphs)
     logger.info(
-        "steps take %s at most for prompts, %s for decodes, beside %s kept between them",
+        "steps take %s at most for prompts, %s for decodes, beside %s kept between them; "
+        "measured in %.1f s",
         mib(peak.prefill),
         mib(peak.decode),
         mib(peak.held),
+        time.monotonic() - started,
     )
     return peak
 
@@ -181,7 +185,8 @@ def largest_decode(spec: BackendSpec, plain: bool = False) -> StepPlan:
 
 def largest_prefill(spec: BackendSpec) -> StepPlan:
     """A step's whole budget of prompts, as long as the context allows and as many as there are
-    rows. All draw. The first is the end of a context, and each of its positions is scored.
+    rows. All draw. The first is the end of a context; two slices of its positions are scored, one
+    after the other as more of them would be.
     """
     chunks: list[Chunk] = []
     tokens = min(spec.max_step_tokens, spec.max_running * spec.max_model_len)
@@ -202,7 +207,7 @@ def largest_prefill(spec: BackendSpec) -> StepPlan:
                 logprobs=True,
                 top=MAX_TOP_LOGPROBS,
                 score_start=start,
-                targets=[] if slot else [0] * count,
+                targets=[] if slot else [0] * min(count, 2 * SCORED_ROWS),
             )
         )
     return StepPlan(chunks, _setups(spec, rows))

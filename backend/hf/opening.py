@@ -120,6 +120,7 @@ def _spec(settings: BackendSettings, loaded: Loaded, pages: int) -> BackendSpec:
 
 
 def _load(settings: BackendSettings) -> Loaded:
+    started = time.monotonic()
     device = _choose_device(settings.device)
     files = resolve(settings.model)
     placing = Placing(
@@ -137,6 +138,7 @@ def _load(settings: BackendSettings) -> Loaded:
         attention = _attention(settings.device, placing, shape.geometry)
         model = own = _load_own(files, settings.device, shape, placing)
     return_heap()
+    logger.info("weights are there after %.1f s", time.monotonic() - started)
     geometry, compute = model.geometry, placing.precision.compute
     kernels = lack("triton", device, compute, geometry) is None
     graphs = own if kernels and settings.device.cuda_graph else None

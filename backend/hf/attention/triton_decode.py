@@ -84,10 +84,10 @@ def decode_cuttings(kernels: Kernels) -> tuple[tuple[int | None, Cutting], ...]:
     """
     if kernels.dtype == torch.float32:  # no tensor cores: tiles live in registers
         return ((None, Cutting(Tiling(16, 32, warps=4, stages=1), programs=4, smallest=128)),)
-    single = Tiling(16, kernels.keys(128, stages=3), warps=4, stages=3)
-    tiling = Tiling(16, kernels.keys(64, stages=5), warps=2, stages=5)
+    wide = Tiling(16, kernels.keys(128, stages=3), warps=4, stages=3)
+    slim = Tiling(16, kernels.keys(64, stages=5), warps=2, stages=5)
     return (
-        (4, Cutting(single, programs=1, smallest=512)),
-        (16, Cutting(tiling, programs=1, smallest=512)),
-        (None, Cutting(tiling, programs=2, smallest=256)),
+        (4, Cutting(wide, programs=1, smallest=512)),
+        (16, Cutting(slim, programs=1, smallest=512)),
+        (None, Cutting(wide, programs=2, smallest=256)),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from backend.hf.models import ModelConfig, config_value
 from backend.interface import Unsupported
 
-BLOCK = 1 << 22  # elements of one generator: large tensors are drawn on every core
+BLOCK = 1 << 18  # elements of one generator: a layer's tensors are drawn on every core
 
 DTYPES = {
     "float32": torch.float32,
