@@ -91,7 +91,7 @@ class DeviceSettings(Part):
         "auto", alias="ATTN_IMPL"
     )
     flash: bool = Field(True, alias="ENABLE_FLASH_ATTENTION")  # may `auto` take flash-attn
-    cuda_graph: bool = Field(True, alias="ENABLE_CUDA_GRAPH")  # decode steps as one launch
+    cuda_graph: bool = Field(True, alias="ENABLE_CUDA_GRAPH")  # steps by CUDA graphs
     compile_model: bool = Field(False, alias="COMPILE_MODEL")  # torch.compile between products
     deterministic: bool = Field(False, alias="DETERMINISTIC")  # bits free of company
     memory_fraction: float = Field(

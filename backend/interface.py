@@ -269,7 +269,7 @@ class Backend(Protocol):
         """
 
     def prepare(self) -> bool:
-        """Do one bounded piece of work that makes later steps faster, some tens of milliseconds.
+        """Do one bounded piece of work that makes later steps faster, a tenth of a second or so.
 
         Called while nothing runs. False: nothing is left to do.
         """

@@ -147,7 +147,7 @@ class Engine:
         try:
             return self._backend.prepare()
         except Exception as error:
-            self._fail(error)
+            self._ended += self._fail(error).deltas
             return False
 
     def flush(self) -> int:

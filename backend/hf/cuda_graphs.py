@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import torch
@@ -40,8 +41,11 @@ class Recorder:
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 result = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # says that the capture is void, and hides why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph, result
 
@@ -54,6 +58,7 @@ class Sizes(Generic[Graphs]):
         self._sizes = sizes
         self._capture = capture
         self._graphs: dict[int, Graphs] = {}
+        self._failed: set[int] = set()  # sizes that could not be captured
         self._met: Counter[int] = Counter()
 
     @property
@@ -67,32 +72,48 @@ class Sizes(Generic[Graphs]):
         if wanted > self.largest:
             return None
         size = next(each for each in self._sizes if each >= wanted)
-        if size not in self._graphs:
+        if size not in self._graphs and size not in self._failed:
             self._met[size] += 1
             if self._met[size] <= EAGER_STEPS:
                 return None
             self._make(size)
-        return size, self._graphs[size]
+        return None if size in self._failed else (size, self._graphs[size])
 
     def prepare(self) -> bool:
         """Capture one more size, the most wanted first, else the largest: those after it then fit
         into the memory that it freed. False: all of them are there.
         """
-        missing = [size for size in self._sizes if size not in self._graphs]
+        done = self._graphs.keys() | self._failed
+        missing = [size for size in self._sizes if size not in done]
         if not missing:
             return False
         self._make(max(missing, key=lambda size: (self._met[size], size)))
         return True
 
     def _make(self, size: int) -> None:
+        """Capture a size; one that cannot be captured, for want of memory, stays eager. If it was
+        the device that failed, the next step tells.
+        """
         started = time.monotonic()
-        self._graphs[size] = self._capture(size)
+        try:
+            self._graphs[size] = self._capture(size)
+        except RuntimeError as error:  # torch.OutOfMemoryError among them
+            self._failed.add(size)
+            torch.cuda.empty_cache()
+            logger.warning("size %d runs without a CUDA graph: %s", size, first_line(error))
+            return
         logger.debug("captured size %d in %.0f ms", size, 1000 * (time.monotonic() - started))
 
 
+def first_line(error: Exception) -> str:
+    """What torch says in many lines, in one."""
+    return str(error).strip().split("\n")[0]
+
+
 def ladder(largest: int, steps: Sequence[tuple[int, int]]) -> list[int]:
-    """Ascending sizes, the last of which holds `largest`. `steps`: (up to, apart)."""
+    """Ascending sizes, the last of which is `largest`. `steps`: (up to, apart)."""
     sizes = [0]
     while sizes[-1] < largest:
-        sizes.append(sizes[-1] + next(apart for end, apart in steps if sizes[-1] < end))
+        apart = next(apart for end, apart in steps if sizes[-1] < end)
+        sizes.append(min(sizes[-1] + apart, largest))
     return sizes[1:]

@@ -8,6 +8,7 @@ one before it where they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from backend.cache import PrefixCache
 from backend.hf.attention import PagedAttention
 from backend.hf.batch import ForwardBatch
-from backend.hf.cuda_graphs import Recorder
+from backend.hf.cuda_graphs import Recorder, first_line
 from backend.hf.decode_graphs import DecodeGraphs
 from backend.hf.models import CausalModel
 from backend.hf.models.decoder import Decoder
@@ -61,12 +62,9 @@ class InFlight:
     done: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Until all of it is there. Raises DeviceLost."""
+        """Until all of it is there."""
         if self.done is not None:
-            try:
-                self.done.synchronize()
-            except RuntimeError as error:  # torch has no narrower name for it
-                raise DeviceLost(str(error).strip().split("\n")[0]) from error
+            self.done.synchronize()
 
     def read(self) -> StepTokens:
         """The results, as the scheduler wants them. After `wait`."""
@@ -93,6 +91,15 @@ class StepGraphs:
     def prepare(self) -> bool:
         """Capture one more size. False: all of them are there."""
         return self.decodes.prepare() or self.prompts.prepare()
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """What a CUDA device failed with, maybe steps ago, as DeviceLost in one line."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceLost(first_line(error)) from error
 
 
 class HfExecutor:
@@ -145,6 +152,10 @@ class HfExecutor:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
         """Start one step. On a CPU it runs here; the handle is the result."""
+        with device_errors():
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> InFlight:
         self._states.take(plan.taken)
         self._tables.append(plan.chunks)
         sampling = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
@@ -161,7 +172,8 @@ class HfExecutor:
 
     def collect(self, handle: InFlight) -> StepTokens:
         """Wait for the step. Raises DeviceLost."""
-        handle.wait()
+        with device_errors():
+            handle.wait()
         return handle.read()
 
     @torch.inference_mode()
@@ -176,13 +188,16 @@ class HfExecutor:
         """A step of decodes alone."""
         slots = [chunk.slot for chunk in chunks]
         starts = [chunk.start for chunk in chunks]
+        positions = [start + 1 for start in starts]
         found = None if self._graphs is None else self._graphs.decodes.run(slots, starts)
         if found is not None:
-            return Drawn(*found)
+            tokens, logits = found
+            self._sampler.redraw(logits, tokens, slots, positions)
+            return Drawn(tokens, logits)
         sent = to_device([slots, starts], self.spec.device)
-        batch = self._tables.decodes(sent[0], sent[1], max(starts) + 1, self._states.last_token)
+        batch = self._tables.decodes(sent[0], sent[1], max(positions), self._states.last_token)
         logits = self._model.logits(self._model.hidden(batch, self._attention))
-        return Drawn(self._sampler.draw(logits, sent[0], sent[1] + 1, slots), logits)
+        return Drawn(self._sampler.sample(logits, slots, positions), logits)
 
     def _decode_any_length(self, slots: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
         """A step of decodes for a graph: see `decode_graphs.Decode`."""
@@ -205,9 +220,8 @@ class HfExecutor:
                 ends.append(offset - 1)
         slots = [chunk.slot for chunk in sampled]
         positions = [chunk.start + chunk.count for chunk in sampled]
-        sent = to_device([ends, slots, positions], self.spec.device)
-        logits = self._model.logits(hidden.index_select(0, sent[0]))
-        return Drawn(self._sampler.draw(logits, sent[1], sent[2], slots), logits)
+        logits = self._model.logits(hidden.index_select(0, to_device(ends, self.spec.device)))
+        return Drawn(self._sampler.sample(logits, slots, positions), logits)
 
     def _hidden(self, batch: ForwardBatch) -> Tensor:
         """Final hidden states of a mixed step, [tokens, hidden]."""
@@ -215,10 +229,7 @@ class HfExecutor:
         return self._model.hidden(batch, self._attention) if found is None else found
 
     def _finish(self, drawn: Drawn, chunks: Sequence[Chunk], flight: InFlight) -> None:
-        """Draw again what edits its logits, score what is asked for, and send all to the host."""
-        slots = [chunk.slot for chunk in chunks]
-        positions = [chunk.start + chunk.count for chunk in chunks]
-        self._sampler.redraw(drawn.logits, drawn.tokens, slots, positions)
+        """Score what is asked for, and send all to the host."""
         asking = [row for row, chunk in enumerate(chunks) if chunk.logprobs]
         if asking:
             rows = to_device(asking, self.spec.device)

@@ -250,8 +250,8 @@ def graph_reserve(shape: DecoderShape, step_tokens: int, dtype: str, plain: int)
     gates in what smaller ones let go of, where all else finds it, also the two hidden states that
     each size keeps.
     """
-    smaller = [size for size in PROMPT_SIZES if size < step_tokens]
-    sizes = PROMPT_SIZES[: len(smaller) + 1]
+    largest = min(step_tokens, PROMPT_SIZES[-1])
+    sizes = [*(size for size in PROMPT_SIZES if size < largest), largest]
     width = 2 * max(shape.intermediate, shape.hidden)
     inputs = 3 * 8  # ids, positions, places
     item = ITEM_BYTES[dtype]

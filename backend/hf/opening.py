@@ -11,7 +11,7 @@ import torch
 
 from backend.cache import PrefixCache
 from backend.hf.attention import AttentionSetup, KvGeometry
-from backend.hf.attention.choice import choose_attention, lack, open_attention
+from backend.hf.attention.choice import ATTENTION, choose_attention, lack, open_attention
 from backend.hf.executor import HfExecutor
 from backend.hf.loading.resolve import ModelFiles, context_length, resolve
 from backend.hf.memory import NO_PEAK, measure_peak, page_budget, return_heap
@@ -90,8 +90,6 @@ def _open_executor(
     )
     cache = PrefixCache(pages, spec.page_tokens, settings.cache.prefix)
     attention = open_attention(loaded.attention, setup)
-    if not attention.capturable:
-        graphs = None
     return HfExecutor(spec, cache, loaded.model, attention, loaded.kernels, graphs)
 
 
@@ -141,7 +139,8 @@ def _load(settings: BackendSettings) -> Loaded:
     logger.info("weights are there after %.1f s", time.monotonic() - started)
     geometry, compute = model.geometry, placing.precision.compute
     kernels = lack("triton", device, compute, geometry) is None
-    graphs = own if kernels and settings.device.cuda_graph else None
+    capturable = kernels and ATTENTION[attention].capturable
+    graphs = own if capturable and settings.device.cuda_graph else None
     kv_bytes = geometry.layers * geometry.row * compute.itemsize
     return Loaded(model, files, placing, attention, kernels, graphs, kv_bytes)
 

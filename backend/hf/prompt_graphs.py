@@ -56,7 +56,7 @@ class PromptGraphs:
         shape = 3, self._sizes.largest
         self._inputs = torch.zeros(shape, dtype=torch.int64, device=device)
         self._room = model.room(self._sizes.largest)
-        self._room.mixed.zero_()  # of padding nothing is ever written
+        self._room.mixed.zero_()  # padding is what earlier steps left, and never garbage
 
     def hidden(self, batch: ForwardBatch) -> Tensor | None:
         """Final hidden states [tokens, hidden] of a step, good until the next one. None where its
@@ -90,7 +90,8 @@ class PromptGraphs:
             return model.enter(token_ids, positions, write_at, pools, room)
 
         flow = enter()  # each part once, before it is recorded
-        model.advance(0, flow, pools)
+        if model.layers > 1:
+            model.advance(0, flow, pools)
         model.leave(flow)
         first, flow = self._recorder.record(enter)
         graphs = [first]

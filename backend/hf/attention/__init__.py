@@ -56,12 +56,6 @@ class PagedAttention(Protocol):
     def pools(self) -> Sequence[Tensor]:
         """One a layer, as `kv_pools` makes them."""
 
-    @property
-    def capturable(self) -> bool:
-        """Whether a CUDA graph can hold a step of decodes alone: nothing of it waits for the device
-        or is decided by what the device knows.
-        """
-
     def attend(
         self,
         layer: int,

@@ -62,6 +62,7 @@ class Choice:
     packages: tuple[Package, ...] = ()  # any one of them does, the first is preferred
     beside: str | None = None  # the choice that it leaves a part of the work to
     source: str = ""  # where its packages come from
+    capturable: bool = False  # a CUDA graph may hold its decodes, and serve every length
 
 
 ATTENTION: dict[str, Choice] = {
@@ -70,6 +71,7 @@ ATTENTION: dict[str, Choice] = {
         "backend.hf.attention.triton:TritonAttention",
         (Package("triton", dtypes=(*HALVES, torch.float32)),),
         source="it comes with torch's CUDA builds",
+        capturable=True,
     ),
     "flash": Choice(
         "backend.hf.attention.flash:FlashAttention",
@@ -82,6 +84,7 @@ ATTENTION: dict[str, Choice] = {
         ),
         beside="triton",
         source=EXTRA,
+        capturable=True,  # its decodes are those of triton
     ),
     "flashinfer": Choice(
         "backend.hf.attention.flashinfer:FlashInferAttention",

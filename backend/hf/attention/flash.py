@@ -49,8 +49,6 @@ class Parts:
 class FlashAttention:
     """Shares the pools of a `TritonAttention`, which it owns."""
 
-    capturable = True  # decodes are Triton's
-
     def __init__(self, setup: AttentionSetup) -> None:
         self._geometry = setup.geometry
         self._paged = TritonAttention(setup)

@@ -55,8 +55,6 @@ class Wrappers:
 class FlashInferAttention:
     """Owns the KV pool: one tensor a layer, [pages * page_tokens, row], on a CUDA device."""
 
-    capturable = False
-
     def __init__(self, setup: AttentionSetup) -> None:
         self._geometry = setup.geometry
         self._page_tokens = setup.page_tokens

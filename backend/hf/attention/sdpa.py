@@ -22,8 +22,6 @@ GATHERED_TOKENS = 1 << 14  # that decodes are gathered in at once, unless one ro
 class SdpaAttention:
     """Owns the KV pool: one tensor a layer, [pages * page_tokens, row]."""
 
-    capturable = False  # decodes are grouped by their lengths, on the host
-
     def __init__(self, setup: AttentionSetup) -> None:
         self._geometry = setup.geometry
         self._page_tokens = setup.page_tokens

@@ -20,8 +20,6 @@ from backend.hf.batch import ForwardBatch
 class TritonAttention:
     """Owns the KV pool: one tensor a layer, [pages * page_tokens, row], on a CUDA device."""
 
-    capturable = True  # decodes are cut and attended to by device work alone
-
     def __init__(self, setup: AttentionSetup) -> None:
         self.pools = kv_pools(
             setup.geometry, setup.pages, setup.page_tokens, setup.dtype, setup.device

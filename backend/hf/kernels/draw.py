@@ -98,7 +98,7 @@ def _part(total, share):
     return (((total >> 32) * share) << 1) + ((low * share) >> SHARE_BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def survey_kernel(
     logits,  # [rows, vocabulary] float32
     settings,  # [slots, SETTINGS] int64
@@ -295,7 +295,7 @@ def _first_kept(
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def settle_kernel(
     logits, settings, slots, positions, scores, names, peaks, maxima,  # as in the survey
     listed,  # [rows, LISTED] int32, and

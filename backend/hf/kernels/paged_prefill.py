@@ -82,7 +82,7 @@ def _fold_own(
     return mixed, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages"])
 def prefill_kernel(
     query,  # [tokens, heads, KEY]
     own, own_stride,  # see `_own_tile`

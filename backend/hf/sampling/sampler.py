@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from backend.hf.sampling.edits import edits_of
+from backend.hf.sampling.edits import RowEdits, edits_of
 from backend.hf.sampling.slots import SlotStates
 from backend.hf.sampling.torch_draw import TorchDraw
+from backend.hf.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,34 @@ class Sampler:
 
         The arguments are those of `draw`, and its result; once a step.
         """
-        states = self._states
-        edits = edits_of(states.edits, slots, positions, states.vocabulary, states.device)
+        edits = self._edits(slots, positions)
+        if edits is not None:
+            self._draw_edited(logits, tokens, edits)
+
+    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """`draw` and `redraw` in one, with each row drawn once: for a step outside a graph."""
+        device = self._states.device
+        edits = self._edits(slots, positions)
         if edits is None:
-            return
+            sent = to_device([slots, positions], device)
+            return self._draw(logits, sent[0], sent[1], slots)
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=device)
+        self._draw_edited(logits, tokens, edits)
+        edited = set(edits.on_host)
+        rest = [row for row, slot in enumerate(slots) if slot not in edited]
+        if rest:
+            own = [slots[row] for row in rest]
+            sent = to_device([rest, own, [positions[row] for row in rest]], device)
+            drawn = self._draw(logits.index_select(0, sent[0]), sent[1], sent[2], own)
+            tokens.index_copy_(0, sent[0], drawn)
+        return tokens
+
+    def _edits(self, slots: Sequence[int], positions: Sequence[int]) -> RowEdits | None:
+        states = self._states
+        return edits_of(states.edits, slots, positions, states.vocabulary, states.device)
+
+    def _draw_edited(self, logits: Tensor, tokens: Tensor, edits: RowEdits) -> None:
+        states = self._states
         edited = logits.index_select(0, edits.rows)
         if edits.penalised is not None:
             states.penalties.apply(edited, edits.penalised)

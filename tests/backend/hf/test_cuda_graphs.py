@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from backend.hf import decode_graphs, prompt_graphs
 from backend.hf.cuda_graphs import EAGER_STEPS, Sizes, ladder
@@ -48,3 +49,20 @@ def test_the_most_wanted_size_is_prepared_first_then_large_ones() -> None:
     while sizes.prepare():
         continue
     assert made == [4, 8, 2, 1]
+
+
+def test_a_size_that_cannot_be_captured_stays_eager_and_the_others_do_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def capture(size: int) -> int:
+        if size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return size
+
+    sizes = Sizes([2, 4], capture)
+    while sizes.prepare():
+        continue
+    assert sizes.find(3) is None
+    assert sizes.find(2) == (2, 2)
+    (message,) = caplog.messages
+    assert message == "size 4 runs without a CUDA graph: CUDA out of memory."

@@ -182,6 +182,19 @@ def test_a_mixed_batch_draws_for_each_row_what_it_draws_alone() -> None:
         assert sample(alone, logits[slot : slot + 1], [slot], [slot]).item() == token
 
 
+@pytest.mark.parametrize("names", [list(FIELDS), ["greedy", "temperature"], ["bias", "all"]])
+def test_a_step_outside_a_graph_draws_each_row_once_and_the_same(names: list[str]) -> None:
+    setups = [setup_for(slot, FIELDS[name]) for slot, name in enumerate(names)]
+    logits, slots = random_rows(len(setups), LARGE), list(range(len(setups)))
+    before = logits.clone()
+    in_two, at_once = sampler_of(setups, LARGE), sampler_of(setups, LARGE)
+    for position in (8, 9):  # the second with the counts of the first
+        positions = [position] * len(slots)
+        tokens = at_once.sample(logits, slots, positions)
+        assert tokens.tolist() == sample(in_two, logits, slots, positions).tolist()
+    assert torch.equal(logits, before)
+
+
 # The draw.
 
 

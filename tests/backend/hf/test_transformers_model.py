@@ -112,7 +112,6 @@ class LoopAttention:
         self.geometry = geometry
         pool = torch.full((geometry.layers, PAGES * PAGE, geometry.row), float("nan"))
         self.pools: list[Tensor] = list(pool)
-        self.capturable = False
 
     def attend(
         self,
