@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,17 @@ def choose(options: argparse.Namespace, llm: LLM) -> Workload:
         return workload.first(options.num_requests) if options.num_requests else workload
     prompt = tuple(llm.tokenizer.encode(options.prompt or "Hello mini-sglang"))
     return repeated(prompt, options.max_new_tokens or 128, options.num_requests or 1)
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[LLM]:
+    """The engine of these settings, prepared, with the collector as an engine process has it."""
+    from engine.llm import LLM  # after the flags, so that a wrong one is told at once
+
+    with LLM(settings) as llm:
+        settle_collector()
+        llm.prepare()
+        yield llm
 
 
 def measure(llm: LLM, workload: Workload, concurrency: int, repeat: int) -> list[Measured]:
@@ -159,15 +171,11 @@ def comparison_rows(comparison: Comparison) -> Iterator[tuple[str, str]]:
 
 def run_workload(options: argparse.Namespace, settings: Settings) -> int:
     """Measure a workload, show the card, print the JSON line; 1 when a request failed."""
-    from engine.llm import LLM  # after the flags, so that a wrong one is told at once
-
     made_up = settings.backend.model.load_format == "dummy"
-    with LLM(settings) as llm:
+    with opened(settings) as llm:
         spec, workload = llm.spec, choose(options, llm)
         order = options.compare and order_for(workload, spec, made_up, options.repeat)
         concurrency = min(options.concurrency or len(workload.jobs), len(workload.jobs))
-        settle_collector()
-        llm.prepare()
         runs = measure(llm, workload, concurrency, options.repeat)
         ceiling = ceiling_of(spec)
     result = fold(runs, spec, ceiling)
@@ -189,12 +197,8 @@ def run_workload(options: argparse.Namespace, settings: Settings) -> int:
 
 def run_decode_step(options: argparse.Namespace, settings: Settings) -> int:
     """Measure single decode steps, show the card, print the JSON line."""
-    from engine.llm import LLM
-
-    with LLM(settings) as llm:
+    with opened(settings) as llm:
         spec = llm.spec
-        settle_collector()
-        llm.prepare()
         quiet = list(measure_batches(llm.engine, spec, options.repeat))
         ceiling = ceiling_of(spec)
     steps = [decode_step(batch, works, spec, ceiling) for batch, works in quiet]

@@ -84,3 +84,8 @@ class BackendFailed(EngineError):
 
 class DeviceLost(BackendFailed):
     """The device is gone, and every sequence that ran on it."""
+
+
+def first_line(error: Exception) -> str:
+    """What others say in many lines, in one: the first, or the error's kind where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,6 +25,7 @@ from backend.errors import (
     TooLong as TooLong,
     Unavailable as Unavailable,
     Unsupported as Unsupported,
+    first_line as first_line,
 )
 from backend.sampling_params import (
     MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS,

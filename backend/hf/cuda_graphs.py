@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from backend.interface import first_line
+
 logger = logging.getLogger(__name__)
 
 EAGER_STEPS = 8  # of one size, before it is captured between two steps
@@ -103,11 +105,6 @@ class Sizes(Generic[Graphs]):
             logger.warning("size %d runs without a CUDA graph: %s", size, first_line(error))
             return
         logger.debug("captured size %d in %.0f ms", size, 1000 * (time.monotonic() - started))
-
-
-def first_line(error: Exception) -> str:
-    """What torch says in many lines, in one."""
-    return str(error).strip().split("\n")[0]
 
 
 def ladder(largest: int, steps: Sequence[tuple[int, int]]) -> list[int]:

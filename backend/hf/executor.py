@@ -17,7 +17,7 @@ from torch import Tensor
 from backend.cache import PrefixCache
 from backend.hf.attention import PagedAttention
 from backend.hf.batch import ForwardBatch
-from backend.hf.cuda_graphs import Recorder, first_line
+from backend.hf.cuda_graphs import Recorder
 from backend.hf.decode_graphs import DecodeGraphs
 from backend.hf.models import CausalModel
 from backend.hf.models.decoder import Decoder
@@ -25,7 +25,7 @@ from backend.hf.page_tables import PageTables
 from backend.hf.prompt_graphs import PromptGraphs
 from backend.hf.sampling import PendingScores, Scorer, open_sampler
 from backend.hf.transfer import to_device, to_host
-from backend.interface import BackendSpec, Chunk, DeviceLost, StepPlan, StepTokens
+from backend.interface import BackendSpec, Chunk, DeviceLost, StepPlan, StepTokens, first_line
 
 HEAD_ROWS = 256  # logits of scored prompts are made in slices of this many rows
 

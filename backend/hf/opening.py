@@ -55,7 +55,7 @@ def open_backend(
         spec = _spec(settings, loaded, pages=-(-context // page_tokens))
         peak = measure_peak(
             lambda: _open_executor(settings, loaded, spec, pages=1),
-            None if loaded.graphs is None else decoder_shape(loaded.files.config),
+            None if loaded.graphs is None else loaded.graphs.shape,
         )
     tokens = page_budget(settings, loaded.kv_bytes, context, device, peak)
     spec = _spec(settings, loaded, pages=max(1, tokens // page_tokens))

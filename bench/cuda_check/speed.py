@@ -6,7 +6,6 @@ Nothing is compared with what another process measured: ceilings are those of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from bench.roofline import Ceiling
 from bench.summary import Record, percentile
 from bench.workloads import Workload, alike, reference
 from config import Settings
-from local_bench import Result, ceiling_of, facts, fold, measure
+from local_bench import Result, ceiling_of, facts, fold, measure, opened
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -32,18 +31,6 @@ LONG_PROMPT, LONG_NEW, LONG_TURNS = 4096, 16, 7
 UNMEASURED = 2  # turns in front: they compile what such a shape needs
 BATCHES = (1, 32, 256)  # of decode steps
 PROFILED = (1, 256)
-
-
-@contextmanager
-def opened(settings: Settings) -> Iterator[LLM]:
-    """The engine of these settings, prepared, with the collector as an engine process has it."""
-    from engine.collector import settle_collector
-    from engine.llm import LLM
-
-    with LLM(settings) as llm:
-        settle_collector()
-        llm.prepare()
-        yield llm
 
 
 def offline(settings: Settings) -> Iterator[Results]:

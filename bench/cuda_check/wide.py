@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from backend.interface import BackendSpec
 from bench.card import show
-from bench.cuda_check.speed import Results, about, alone, opened, run, run_reference
+from bench.cuda_check.speed import Results, about, alone, run, run_reference
 from bench.cuda_check.steps import HEADER, steps_beside_floor
 from bench.roofline import Ceiling
 from bench.workloads import alike, shared_prefixes
 from config import Settings
-from local_bench import ceiling_of
+from local_bench import ceiling_of, opened
 
 if TYPE_CHECKING:
     from engine.llm import LLM

@@ -34,22 +34,12 @@ from backend.interface import (
 from bench.workloads import reference
 from config import Settings, read_settings
 from engine.llm import LLM, Answer
-from tests.backend.hf.reference import Driver, Schedule, open_scheduler, random_prompts
+from tests.backend.hf.reference import Driver, Schedule, open_scheduler, random_prompts, tiny_sizes
 
 pytestmark = pytest.mark.gpu
 
-VOCABULARY = 97
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "eos_token_id": None,
-    "initializer_range": 0.2,
-}
+SIZES = tiny_sizes(1024)
+VOCABULARY = SIZES["vocab_size"]
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),

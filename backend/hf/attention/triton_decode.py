@@ -41,7 +41,6 @@ class DecodeAttention:
         self._kernels = kernels
         self._cuttings = decode_cuttings(kernels)
         self._plans: StepCache[Plan] = StepCache()
-        self._chained = {"launch_pdl": True} if kernels.hopper else {}
 
     def __call__(self, call: LayerCall, rows: DecodeRows) -> None:
         kernels, window = self._kernels, call.options.window
@@ -54,7 +53,8 @@ class DecodeAttention:
             call.output, plan.parts, plan.peaks, plan.totals, call.query.stride(0),
             call.query.stride(1), rows.table.stride(0), *call.scaling, *kernels.constants(call),
             call.options.softcap is not None, max(tiling.rows, padded(call.heads // kv_heads)),
-            tiling.keys, *kernels.widths, kernels.hopper, **tiling.options, **self._chained,
+            tiling.keys, *kernels.widths, kernels.hopper, **tiling.options,
+            launch_pdl=kernels.hopper,
         )  # fmt: skip
 
     def _plan(self, rows: DecodeRows, window: int | None, heads: int) -> Plan:

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from backend.hf.attention import AttentionOptions, AttentionSetup
+from backend.hf.kernels.chip import hopper_or_later
 
 SMALLEST_DOT = 16  # sides of a tile that tensor cores multiply
 Value = TypeVar("Value")
@@ -66,7 +67,7 @@ class Kernels:
         self.dtype = setup.dtype
         self.processors: int = chip["multiprocessor_count"]
         self.room: int = chip["max_shared_mem"]  # bytes that a program can have
-        self.hopper = torch.cuda.get_device_capability(device) >= (9, 0)  # or later
+        self.hopper = hopper_or_later(device)
         self.widths = padded(geometry.key_width), padded(geometry.value_width)
 
     def constants(self, call: LayerCall) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backend.hf.kernels.chip import hopper_or_later
 from backend.hf.models.blocks import HeadLayout, Rotation
 from backend.hf.models.rope import Rotary
 
@@ -124,7 +125,7 @@ class HeadTurner:
         if query is not None and key is not None:
             self._norms = torch.stack([query.weight, key.weight]).to(device, dtype)
             self._epsilon = query.epsilon
-        self._dependent = starts_dependents(device)
+        self._dependent = hopper_or_later(device)
         self._cuts = [(cut.rows, cut_heads(layout, cut)) for cut in CUTS]
 
     def __call__(self, qkv: Tensor, rotation: Rotation, pool: Tensor, write_at: Tensor) -> None:
@@ -146,10 +147,3 @@ def cut_heads(layout: HeadLayout, cut: Cut) -> HeadCut:
     group = max(min(most, cut.elements // (2 * block)), 1)
     warps = max(min(cut.warps, 2 * block * group // WARP_ELEMENTS), 1)
     return HeadCut(group, block, -(-heads // group), warps)
-
-
-def starts_dependents(device: str) -> bool:
-    """Whether the chip starts a kernel before the one ahead of it has ended."""
-    if torch.device(device).type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend.hf.loading.folder import CONFIG, is_complete, weight_files
-from backend.interface import ModelNotFound, StartFailed, Unsupported
+from backend.interface import ModelNotFound, StartFailed, Unsupported, first_line
 from config import ModelSettings
 
 HUB_TIMEOUT_S = 2.0  # to answer whether the model exists; asked twice
@@ -36,10 +36,9 @@ def fetch(settings: ModelSettings) -> Path:
     except StartFailed:
         raise
     except Exception as error:  # whatever its HTTP library raises: the model cannot be had
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelNotFound(
             f"MODEL_NAME={settings.name} is no local path, is not in the hub's cache, and the hub "
-            f"does not give it ({reason[0]}): {ADVICE}"
+            f"does not give it ({first_line(error)}): {ADVICE}"
         ) from error
 
 

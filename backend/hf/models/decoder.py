@@ -236,7 +236,7 @@ class Decoder:
     ) -> None:
         reader = WeightReader(source, shape.epsilon)
         windows = shape.windows or (None,) * shape.layers
-        self._shape = shape
+        self.shape = shape
         self._compute = placing.precision.compute
         self._table = self._place_table(reader, shape, placing)
         rotary = read_rotary(config, shape.head_dim)
@@ -278,7 +278,7 @@ class Decoder:
 
     def room(self, tokens: int) -> Room:
         """For so many tokens; not written."""
-        shape = self._shape
+        shape = self.shape
         width, table = shape.heads * shape.head_dim, self._table
         rows = width + 2 * shape.kv_heads * shape.head_dim
         return Room(

@@ -20,8 +20,8 @@ from backend.hf.attention import KvGeometry, PagedAttention
 from backend.hf.batch import ForwardBatch
 from backend.hf.models import CausalModel, ModelConfig
 from backend.hf.models.transformers_attention import EAGER, STEP, PagedStep, StepAttention
-from backend.hf.models.transformers_probe import first_line, probe
-from backend.interface import ModelBroken, Unsupported
+from backend.hf.models.transformers_probe import probe
+from backend.interface import ModelBroken, Unsupported, first_line
 
 Untyped = Any  # transformers' models, and most of their methods, carry no types
 AUTO_MODEL: Untyped = AutoModelForCausalLM

@@ -21,7 +21,7 @@ from backend.hf.models.transformers_attention import (
     NotProven,
     StepAttention,
 )
-from backend.interface import Unsupported
+from backend.interface import Unsupported, first_line
 
 TOKENS = 12  # of each probed sequence
 ROUNDING = 8  # accepted error of the hidden states, in units of the dtype's precision
@@ -134,11 +134,6 @@ def probe(probed: ProbedModel, device: str) -> KvGeometry:
     except Exception as error:  # foreign modelling code: it raises whatever it likes
         reason = f"its forward pass failed: {first_line(error)}"
         raise Unsupported(REFUSAL.format(name=probed.name, reason=reason)) from error
-
-
-def first_line(error: Exception) -> str:
-    """Foreign messages run over many lines; ours are one."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _prove(probed: ProbedModel, device: str) -> KvGeometry:

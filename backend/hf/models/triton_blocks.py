@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backend.hf.kernels.chip import hopper_or_later
 from backend.hf.kernels.few_rows_product import FewRowsProduct
 from backend.hf.kernels.fixed_product import fixed_product, fixed_product_add
 from backend.hf.kernels.rms_norm import rms_norm
 from backend.hf.kernels.silu_multiply import silu_multiply
-from backend.hf.kernels.turn_heads import HeadTurner, PositionTable, starts_dependents
+from backend.hf.kernels.turn_heads import HeadTurner, PositionTable
 from backend.hf.models.blocks import (
     AddedProduct,
     GatedProduct,
@@ -92,7 +93,7 @@ class TritonBlocks:
         """`deterministic`: the bits of a row depend on nothing but that row."""
         self._precision = precision
         self._device = device
-        self._dependent = starts_dependents(device)
+        self._dependent = hopper_or_later(device)
         self._few, self._many = FEW_ROWS[precision.compute], LIBRARY
         if deterministic:
             self._few, self._many = FewRows(), FIXED

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backend.hf.kernels.chip import hopper_or_later
 from backend.hf.kernels.draw import settle_kernel, survey_kernel
 from backend.hf.sampling.slots import SlotStates
 
@@ -46,7 +47,7 @@ class TritonDraw:
 
     def __init__(self, states: SlotStates) -> None:
         self._states = states
-        self._overlapped = torch.cuda.get_device_capability(states.device) >= (9, 0)
+        self._overlapped = hopper_or_later(states.device)
 
     def __call__(
         self, logits: Tensor, slots: Tensor, positions: Tensor, on_host: Sequence[int]
@@ -65,16 +66,17 @@ class TritonDraw:
             for width in (splits, LISTED, FOUND)
         )
         given = (logits, self._states.settings, slots, positions, scores, named, peaks, maxima)
-        overlap = {"launch_pdl": True} if self._overlapped else {}
         survey_kernel[splits, rows](
             *given, logits.stride(0), vocabulary, chunks,
-            survey.block, CHUNK, self._overlapped, num_warps=survey.warps, **overlap,
+            survey.block, CHUNK, self._overlapped, num_warps=survey.warps,
+            launch_pdl=self._overlapped,
         )  # fmt: skip
         settle_kernel[(rows,)](
             *given, listed, found, found_names, tokens, self._states.last_token,
             logits.stride(0), vocabulary, splits, chunks, 1 << (splits - 1).bit_length(),
             1 << (chunks - 1).bit_length(), CHUNK, LISTED, FOUND,
             SETTLEMENT.block, SETTLEMENT.stages, self._overlapped,
-            num_warps=SETTLEMENT.warps, maxnreg=SETTLEMENT.registers, **overlap,
+            num_warps=SETTLEMENT.warps, maxnreg=SETTLEMENT.registers,
+            launch_pdl=self._overlapped,
         )  # fmt: skip
         return tokens

@@ -32,6 +32,21 @@ from engine.scheduler import Scheduler
 EVERYTHING = Wants(logprobs=True, prompt_logprobs_from=0, top=2)
 
 
+def tiny_sizes(context: int) -> dict[str, Any]:
+    """Of a random model that has all there is: grouped queries, and sides no power of two."""
+    return {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "eos_token_id": None,
+        "initializer_range": 0.2,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Submissions, the step before which each arrives, and how little room there is."""

@@ -18,19 +18,15 @@ from transformers import (
 )
 
 from backend.interface import Unsupported
-from tests.backend.hf.reference import Schedule, check_against, open_scheduler, random_prompts
+from tests.backend.hf.reference import (
+    Schedule,
+    check_against,
+    open_scheduler,
+    random_prompts,
+    tiny_sizes,
+)
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "eos_token_id": None,
-    "initializer_range": 0.2,
-}
+SIZES = tiny_sizes(256)
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,

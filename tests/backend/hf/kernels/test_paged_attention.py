@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ from config import (
 )
 from engine.llm import LLM
 from tests.backend.hf.kernels.paged_sequences import Case, Part, Sequences
-from tests.backend.hf.reference import random_prompts
+from tests.backend.hf.reference import random_prompts, tiny_sizes
 
 pytestmark = pytest.mark.gpu
 
@@ -183,17 +182,7 @@ def test_a_graph_attends_at_every_length() -> None:
         assert torch.equal(output[2], only.repeat_interleave(2, 0))
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "eos_token_id": None,
-    "initializer_range": 0.2,
-}
+SIZES = tiny_sizes(1024)
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "mistral with a window": lambda: MistralConfig(**SIZES, sliding_window=24, head_dim=8),
