@@ -47,6 +47,7 @@ class Driver:
     label: str
     progress: Callable[[int], object] = lambda tokens: None  # told how many tokens came
     _running: dict[str, Record] = field(default_factory=dict, init=False)
+    _lengths: dict[str, int] = field(default_factory=dict, init=False)  # prompt and answer so far
 
     def run(self) -> Measured:
         """Submit everything, step until everything has ended. Raises what the engine raises."""
@@ -58,10 +59,10 @@ class Driver:
                 measured.records.append(self._submit(waiting.popleft()))
             output = self.engine.step(wait=0.1)
             now = time.perf_counter()
-            rows = [record for delta in output.deltas if (record := self._note(delta, now))]
+            contexts = [context for delta in output.deltas if (context := self._note(delta, now))]
             self.progress(sum(len(delta.tokens) for delta in output.deltas))
             if output.step_tokens:
-                measured.steps.append(_work(output, rows, now - settled))
+                measured.steps.append(_work(output, contexts, now - settled))
                 settled = now
         measured.duration_s = time.perf_counter() - start
         return measured
@@ -80,26 +81,30 @@ class Driver:
         self.engine.submit(replace(submission, arrival=now))
         record = Record(len(submission.prompt), submitted=time.perf_counter())
         self._running[submission.id] = record
+        self._lengths[submission.id] = len(submission.prompt)
         return record
 
-    def _note(self, delta: Delta, now: float) -> Record | None:
-        """Book a delta. Returns its record when it brought tokens."""
+    def _note(self, delta: Delta, now: float) -> int:
+        """Book a delta. Returns the positions that its tokens' row attended to; 0 without tokens.
+
+        The token that came is the last of its row and was not attended to yet.
+        """
         record = self._running[delta.id]
+        length = self._lengths[delta.id] + len(delta.tokens)
+        self._lengths[delta.id] = length
         record.cached_tokens += delta.cached or 0
         if delta.finish is not None:
-            del self._running[delta.id]
+            del self._running[delta.id], self._lengths[delta.id]
             record.ended = now
             if delta.finish.reason in ("abort", "error"):
                 record.failure = delta.finish.message or delta.finish.reason
         if not delta.tokens:
-            return None
+            return 0
         record.arrivals.append((now, len(delta.tokens)))
-        return record
+        return length - 1
 
 
-def _work(output: StepOutput, rows: list[Record], interval: float) -> StepWork:
-    """What a step did, by the rows that it brought a token. The token that came is the last of its
-    row's context and was not attended to yet.
-    """
-    context = sum(record.prompt_tokens + record.output_tokens - 1 for record in rows)
-    return StepWork(output.step_tokens, len(rows), context, output.step_seconds, interval)
+def _work(output: StepOutput, contexts: list[int], interval: float) -> StepWork:
+    """What a step did, by what each row attended to that it brought a token."""
+    seconds = output.step_seconds
+    return StepWork(output.step_tokens, len(contexts), sum(contexts), seconds, interval)
