@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -40,12 +39,13 @@ class DummyWeights:
     def __init__(self, config: ModelConfig) -> None:
         self._dtype = DTYPES[dtype_name(config)]
         self._deviation = config_value(config, "initializer_range", float, 0.02)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
 
     def __enter__(self) -> DummyWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
+        self._pool.shutdown()
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, on the CPU, in the config's dtype."""
@@ -59,8 +59,10 @@ class DummyWeights:
         def fill(start: int) -> None:
             digest = hashlib.blake2b(f"{name} {start}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            flat[start : start + BLOCK].normal_(0.0, self._deviation, generator=generator)
+            block = flat[start : start + BLOCK]
+            # float32, of which torch draws vectors at once, in every version
+            drawn = torch.empty(len(block)).normal_(0.0, self._deviation, generator=generator)
+            block.copy_(drawn)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(fill, range(0, flat.numel(), BLOCK)))
+        list(self._pool.map(fill, range(0, flat.numel(), BLOCK)))
         return tensor
