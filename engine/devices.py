@@ -106,7 +106,7 @@ def _share_machine(count: int, device: DeviceSettings) -> list[ReplicaPlan]:
     """Each replica gets its share of the memory for pages, and of the threads unless
     OMP_NUM_THREADS says how many.
     """
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // count))
     environment = {
         "DEVICE": "cpu",
         "OMP_NUM_THREADS": threads,
@@ -115,7 +115,7 @@ def _share_machine(count: int, device: DeviceSettings) -> list[ReplicaPlan]:
     return [ReplicaPlan(index, "cpu", environment) for index in range(count)]
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """The cores that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))

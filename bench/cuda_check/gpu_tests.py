@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from backend.interface import BackendFailed
 from bench.cuda_check.children import ROOT
 from bench.device import describe
 from config import Settings
+from engine.devices import available_cores
 from engine.versions import versions
 from local_bench import PACKAGES
 
 MARK = "mark.gpu"
 OUTCOMES = {"errors": "error"}  # in the plural, where pytest has one
+WORKERS = 12  # at most: tests mostly wait for one core that compiles a kernel
 OPTIONS = ("-m", "gpu", "-q", "-rfE", "--tb=short", "--durations=15", "-p", "no:cacheprovider")
 
 
@@ -25,9 +28,14 @@ def run_tests(_: Settings) -> Iterator[Mapping[str, Any]]:
     """Run them and count. Raises BackendFailed when they did not run to their end."""
     # those files alone: the others may want packages that a GPU machine has no use for
     files = gpu_files(ROOT / "tests")
-    command = [sys.executable, "-m", "pytest", *OPTIONS, *map(str, files)]
+    workers = str(min(WORKERS, available_cores()))
+    command = [sys.executable, "-m", "pytest", "-n", workers, *OPTIONS, *map(str, files)]
     lines = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
+    # the CPU's side of a comparison is small: threads of many workers would only wait for another
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as tests:
         assert tests.stdout is not None
         for line in tests.stdout:
             sys.stdout.write(line)

@@ -21,7 +21,7 @@ VISIBLE, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (VISIBLE, THREADS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(devices, "_cores", lambda: 8)
+    monkeypatch.setattr(devices, "available_cores", lambda: 8)
 
 
 def nobody_counts() -> int:
