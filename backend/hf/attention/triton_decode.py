@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 
 from backend.hf.attention.triton_launch import Kernels, LayerCall, StepCache, Tiling, padded
 from backend.hf.batch import DecodeRows
-from backend.hf.kernels.paged_decode import PLAN_FIELDS, decode_kernel, plan_kernel
+from backend.hf.kernels.paged_decode import BLOCK_FIELDS, decode_kernel, plan_kernel
+
+FEW_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """How rows are cut into pieces."""
+    """How the keys of all rows are dealt out to programs."""
 
     tiling: Tiling
-    programs: int  # a multiprocessor: pieces of all KV heads make about so many
-    smallest: int  # positions of a piece, unless its row is shorter; a multiple of keys
+    programs: int  # a multiprocessor, of all KV heads
+    smallest: int | None  # positions of a range that a row is cut into; None: all ranges are even
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
-    """The pieces of a step's decodes, and room for the parts of those that are split."""
+    """The ranges of a step's decodes, and room for the parts of rows that are split."""
 
     cutting: Cutting
-    programs: int  # of a KV head, one a piece at most
-    pieces: Tensor  # [1 + programs, PLAN_FIELDS] int32
+    layer: int  # the first that attends by it
+    span: int  # positions of a place
+    programs: int  # of a KV head
+    blocks: Tensor  # [blocks, BLOCK_FIELDS] int32
+    places: Tensor  # [blocks, block // span] int32
+    ranges: Tensor  # [programs + 1] int32
+    parts_of: Tensor  # [rows, 2] int32
     counters: Tensor  # [rows, kv_heads] int32
-    parts: Tensor  # [cells, heads, value_width] float32
-    peaks: Tensor  # [cells, heads] float32
+    parts: Tensor  # [2 * programs, heads, value_width] float32
+    peaks: Tensor  # [2 * programs, heads] float32
     totals: Tensor  # the like
 
 
@@ -45,49 +53,65 @@ class DecodeAttention:
     def __call__(self, call: LayerCall, rows: DecodeRows) -> None:
         kernels, window = self._kernels, call.options.window
         plan = self._plans.get(
-            rows, (window, call.heads), call.layer, lambda: self._plan(rows, window, call.heads)
+            rows,
+            (window, call.heads),
+            call.layer,
+            lambda: self._plan(rows, window, call.heads, call.layer),
         )
-        tiling, kv_heads = plan.cutting.tiling, kernels.geometry.kv_heads
-        decode_kernel[kv_heads, plan.programs](
-            call.query, call.pool, rows.table, plan.pieces, plan.counters, call.options.sinks,
-            call.output, plan.parts, plan.peaks, plan.totals, call.query.stride(0),
-            call.query.stride(1), rows.table.stride(0), *call.scaling, *kernels.constants(call),
-            call.options.softcap is not None, max(tiling.rows, padded(call.heads // kv_heads)),
+        tiling, geometry = plan.cutting.tiling, kernels.geometry
+        group = call.heads // geometry.kv_heads
+        decode_kernel[geometry.kv_heads, plan.programs](
+            call.query, call.pool, plan.blocks, plan.places, plan.ranges, plan.parts_of,
+            plan.counters, call.options.sinks, call.output, plan.parts, plan.peaks, plan.totals,
+            call.query.stride(0), call.query.stride(1), *call.scaling, int(call.layer > plan.layer),
+            group, geometry.kv_heads, geometry.key_width, geometry.value_width, plan.span,
+            call.options.softcap is not None, max(tiling.rows, padded(group)),
             tiling.keys, *kernels.widths, kernels.hopper, **tiling.options,
             launch_pdl=kernels.hopper,
         )  # fmt: skip
 
-    def _plan(self, rows: DecodeRows, window: int | None, heads: int) -> Plan:
-        geometry, device = self._kernels.geometry, rows.lengths.device
+    def _plan(self, rows: DecodeRows, window: int | None, heads: int, layer: int) -> Plan:
+        geometry, page = self._kernels.geometry, self._kernels.page_tokens
+        device = rows.lengths.device
         cutting = next(cut for most, cut in self._cuttings if most is None or rows.count <= most)
-        wanted = -(-cutting.programs * self._kernels.processors // geometry.kv_heads)
-        cells = 2 * wanted
+        keys, even = cutting.tiling.keys, cutting.smallest is None
+        span = gcd(page, keys)
+        wanted = max(1, cutting.programs * self._kernels.processors // geometry.kv_heads)
+        programs = wanted if even else rows.count + wanted
+        seen = min(rows.bound * page, window + span if window else rows.bound * page)
+        most = rows.count * -(-seen // keys)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
         plan = Plan(
             cutting,
-            rows.count + wanted,
-            torch.empty(1 + rows.count + wanted, PLAN_FIELDS, dtype=torch.int32, device=device),
-            torch.empty(rows.count, geometry.kv_heads, dtype=torch.int32, device=device),
-            torch.empty(cells, heads, geometry.value_width, dtype=torch.float32, device=device),
-            *torch.empty(2, cells, heads, dtype=torch.float32, device=device),
+            layer,
+            span,
+            programs,
+            ints(most, BLOCK_FIELDS),
+            ints(most, keys // span),
+            ints(programs + 1),
+            ints(rows.count, 2),
+            ints(rows.count, geometry.kv_heads),
+            torch.empty(2 * programs, heads, geometry.value_width, device=device),
+            *torch.empty(2, 2 * programs, heads, device=device),
         )
         plan_kernel[(rows.count,)](
-            rows.lengths, rows.slots, plan.pieces, plan.counters,
-            rows.count, wanted, geometry.kv_heads,
-            window or 0, cutting.smallest, padded(wanted + 1), num_warps=4,
+            rows.lengths, rows.slots, rows.table, rows.table.stride(0),
+            plan.blocks, plan.places, plan.ranges, plan.parts_of, plan.counters,
+            rows.count, programs, wanted, geometry.kv_heads, window or 0, page, span, keys,
+            even, (cutting.smallest or keys) // keys, padded(programs + 1), num_warps=4,
         )  # fmt: skip
         return plan
 
 
 def decode_cuttings(kernels: Kernels) -> tuple[tuple[int | None, Cutting], ...]:
-    """By the most rows that each is for; measured on an H200. To join pieces costs about 4 us, as
-    much as 512 positions of one row.
+    """By the most rows that each is for; measured on an H200. To join the parts of a row takes as
+    long as to read some hundred positions of it: few rows are cut where that pays, many evenly.
     """
     if kernels.dtype == torch.float32:  # no tensor cores: tiles live in registers
-        return ((None, Cutting(Tiling(16, 32, warps=4, stages=1), programs=4, smallest=128)),)
-    wide = Tiling(16, kernels.keys(128, stages=3), warps=4, stages=3)
-    slim = Tiling(16, kernels.keys(64, stages=5), warps=2, stages=5)
-    return (
-        (4, Cutting(wide, programs=1, smallest=512)),
-        (16, Cutting(slim, programs=1, smallest=512)),
-        (None, Cutting(wide, programs=2, smallest=256)),
-    )
+        tiling, few, many = Tiling(16, 32, warps=4, stages=1), 4, 4
+    else:  # two programs fit on a multiprocessor, each with a tile on its way
+        tiling, few, many = Tiling(16, kernels.keys(128, stages=2), warps=4, stages=3), 1, 2
+    return (FEW_ROWS, Cutting(tiling, few, smallest=512)), (None, Cutting(tiling, many, None))

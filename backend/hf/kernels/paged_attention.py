@@ -38,15 +38,29 @@ def page_tile(
 
     A position that is not there is 0, not what a former owner of its page left: 0 * NaN.
     """
-    page = tl.load(pages + position // PAGE, mask=there, other=0).to(tl.int64)
-    place = (page * PAGE + position % PAGE) * (KV_HEADS * (KEY + VALUE))
+    page = tl.load(pages + position // PAGE, mask=there, other=0)
+    place = page * PAGE + position % PAGE
+    return tile_at(pool, place, there, kv_head, KV_HEADS, KEY, VALUE, KEY_BLOCK, VALUE_BLOCK)
+
+
+@triton.jit
+def tile_at(
+    pool,  # [positions, KV_HEADS * (KEY + VALUE)]
+    place,  # [BLOCK] positions in the pool
+    there,  # [BLOCK] whether it is to be read
+    kv_head,
+    KV_HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values as `page_tile` has them, whose places are known."""
+    start = place.to(tl.int64) * (KV_HEADS * (KEY + VALUE))
     k = tl.arange(0, KEY_BLOCK)
     v = tl.arange(0, VALUE_BLOCK)
     keys = pool + kv_head * KEY + k[:, None]
     values = pool + KV_HEADS * KEY + kv_head * VALUE + v[None, :]
-    key = tl.load(keys + place[None, :], mask=(k < KEY)[:, None] & there[None, :], other=0.0)
+    key = tl.load(keys + start[None, :], mask=(k < KEY)[:, None] & there[None, :], other=0.0)
     whole = there[:, None] & (v < VALUE)[None, :]
-    return key, tl.load(values + place[:, None], mask=whole, other=0.0)
+    return key, tl.load(values + start[:, None], mask=whole, other=0.0)
 
 
 @triton.jit

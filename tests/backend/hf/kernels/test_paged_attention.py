@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone() -> None:
 
 @pytest.mark.parametrize("count", [1, 9, 300])
 @pytest.mark.parametrize("window", [None, 500])
-def test_a_plan_covers_what_each_row_sees_and_splits_what_is_long(
+def test_a_plan_deals_out_what_each_row_sees_and_splits_what_is_long(
     count: int, window: int | None
 ) -> None:
     rng = random.Random(count)
@@ -136,22 +137,39 @@ def test_a_plan_covers_what_each_row_sees_and_splits_what_is_long(
     decode = import_module("backend.hf.attention.triton_decode")
     setup = AttentionSetup(sequences.case.geometry, 1, 16, torch.bfloat16, "cuda")
     rows = sequences.batch([Part(s, n - 1, n) for s, n in enumerate(lengths)], []).decodes
-    plan = decode.DecodeAttention(launch.Kernels(setup))._plan(rows, window, 1)
-    pieces = plan.pieces[1 : 1 + plan.pieces[0, 0].item()].tolist()
-    assert len(pieces) <= plan.programs
+    plan = decode.DecodeAttention(launch.Kernels(setup))._plan(rows, window, 1, 0)
+    keys = plan.cutting.tiling.keys
+    ranges = plan.ranges.tolist()
+    assert len(ranges) == plan.programs + 1
+    assert ranges[0] == 0
+    assert ranges == sorted(ranges)
     assert not plan.counters.any()
-    cells = [piece[6] for piece in pieces if piece[5] > 1]
-    assert cells == list(range(len(cells)))
-    assert len(cells) <= len(plan.parts)
-    for row, (length, slot) in enumerate(zip(lengths, rows.slots.tolist(), strict=True)):
-        own = [piece for piece in pieces if piece[0] == row]
-        assert [piece[4] for piece in own] == list(range(len(own)))
-        assert {(piece[1], piece[5]) for piece in own} == {(slot, len(own))}
-        assert own[0][2] == max(0, length - (window or length))
-        assert [piece[3] for piece in own] == [*(piece[2] for piece in own[1:]), length]
-    most = max(piece[3] - piece[2] for piece in pieces)
-    smallest, total = plan.cutting.smallest, sum(min(n, window or n) for n in lengths)
-    assert most <= -(-total // (plan.programs - len(lengths)) // smallest) * smallest + smallest
+    fields, places = plan.blocks.tolist(), plan.places.tolist()
+    number = 0  # of the block
+    for row, length in enumerate(lengths):
+        first = number
+        position = max(0, length - (window or length))  # the next to be read
+        while position < length:
+            owner, low, high, _ = fields[number]
+            begin = position - low
+            assert owner == row
+            assert low < high <= keys
+            assert begin % plan.span == 0
+            spans = torch.arange(begin, begin + high, plan.span, device="cuda")
+            assert places[number][: len(spans)] == sequences.places(row, spans).tolist()
+            position, number = begin + high, number + 1
+        assert position == length
+        edges = [block[3] for block in fields[first:number]]
+        assert edges == [(n == first) + 2 * (n == number - 1) for n in range(first, number)]
+        parts = [p for p in range(plan.programs) if ranges[p] < number and ranges[p + 1] > first]
+        assert plan.parts_of[row].tolist() == [parts[0], len(parts)]
+    assert ranges[-1] == number
+    dealt = [end - begin for begin, end in pairwise(ranges)]
+    if plan.cutting.smallest is None:
+        assert max(dealt) - min(dealt) <= 1
+    else:
+        smallest, wanted = plan.cutting.smallest // keys, plan.programs - len(lengths)
+        assert max(dealt) <= -(-number // wanted // smallest) * smallest + smallest
 
 
 def test_a_graph_attends_at_every_length() -> None:
