@@ -23,6 +23,7 @@ LEAST_TOKENS = 1024  # of KV on a CUDA device, unless the context is shorter: le
 SCORED_ROWS = 256  # of a prompt at once: the executor's HEAD_ROWS
 # Tokens of the prompt graphs: the ladder of `prompt_graphs.py`
 PROMPT_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
+GRAPHLESS = ("sdpa", "flashinfer")  # attention whose decodes no CUDA graph may hold
 MOST_PAGES = 1 << 21  # counted on a CUDA device: the cache's books take some 100 bytes for each
 
 # What only a start can measure. The sum of the first two was read on an H200 with torch 2.11 and
@@ -237,7 +238,7 @@ def expect_peak(
     decode = max(layer, between + rows * demanding)
     plain = max(layer, between + rows * logits)
     graphs = 0
-    if settings.device.cuda_graph:
+    if settings.device.cuda_graph and settings.device.attention not in GRAPHLESS:
         graphs = graph_reserve(shape, limits.max_step_tokens, dtype, plain)
     return Peak(held, prefill, decode, graphs)
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_PEAK = Peak(0, 0, 0, 0)
+# How torch's allocator, the driver and cuBLAS, for its workspaces, say so.
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 DRAWN = SamplingParams(temperature=1.0)
 # All that a draw can be asked for: filters, edits of the logits
 DEMANDING = SamplingParams(
@@ -127,7 +129,9 @@ def measure_peak(
         decode = _transient(executor, largest_decode(spec), allocator)
         plain = _transient(executor, largest_decode(spec, plain=True), allocator)
         prefill = _transient(executor, largest_prefill(spec), allocator)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
         raise StartFailed(
             f"a step of {spec.max_step_tokens:,} tokens and {spec.max_running} rows does not fit "
             f"beside the weights, {mib(before)}: lower MAX_STEP_TOKENS or MAX_RUNNING"

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from backend.cache import PrefixCache
 from backend.hf.attention import AttentionSetup
+from backend.hf.attention.choice import ATTENTION
 from backend.hf.attention.sdpa import SdpaAttention
 from backend.hf.cuda_graphs import ladder
 from backend.hf.executor import HEAD_ROWS, HfExecutor
 from backend.hf.forecast import (
+    GRAPHLESS,
     GRAPHS,
     ITEM_BYTES,
     MIB,
@@ -204,6 +206,10 @@ def test_peaks_are_those_that_were_read_on_an_h200(root: Path) -> None:
 
 def test_prompt_graphs_have_the_sizes_that_are_counted() -> None:
     assert list(PROMPT_SIZES) == ladder(MOST_TOKENS, STEPS)
+
+
+def test_no_graphs_are_counted_for_attention_that_none_can_hold() -> None:
+    assert list(GRAPHLESS) == [name for name in ATTENTION if not ATTENTION[name].capturable]
 
 
 @pytest.mark.parametrize("step_tokens", [1, 32, 33, 500, 4095, 4096, 4097, 16384])

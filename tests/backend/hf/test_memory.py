@@ -80,14 +80,14 @@ class Executor:
     spec: BackendSpec = SPEC
     cache: PrefixCache = field(default_factory=lambda: PrefixCache(1, 16, False))
     steps: list[StepPlan] = field(default_factory=list)
-    broken: bool = False
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.memory.take(50)
 
     def launch(self, plan: StepPlan) -> StepPlan:
-        if self.broken:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        if self.error is not None:
+            raise self.error
         if not self.steps:
             self.memory.take(20 + 7)
         self.steps.append(plan)
@@ -121,14 +121,27 @@ def test_without_graphs_nothing_is_kept_for_them() -> None:
     assert measure_peak(lambda: Executor(memory), graphed=None, allocator=memory).graphs == 0
 
 
-def test_steps_that_do_not_fit_end_the_start_with_one_line_and_two_flags() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_steps_that_do_not_fit_end_the_start_with_one_line_and_two_flags(error: Exception) -> None:
     memory = Memory(now=3000 * MIB)
     with pytest.raises(StartFailed) as refused:
-        measure_peak(lambda: Executor(memory, broken=True), graphed=SHAPE, allocator=memory)
+        measure_peak(lambda: Executor(memory, error=error), graphed=SHAPE, allocator=memory)
     assert str(refused.value) == (
         "a step of 60 tokens and 4 rows does not fit beside the weights, 3,000 MiB: "
         "lower MAX_STEP_TOKENS or MAX_RUNNING"
     )
+
+
+def test_any_other_error_of_a_step_is_not_called_want_of_memory() -> None:
+    memory, error = Memory(), RuntimeError("a shape does not match")
+    with pytest.raises(RuntimeError, match="a shape does not match"):
+        measure_peak(lambda: Executor(memory, error=error), graphed=SHAPE, allocator=memory)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
