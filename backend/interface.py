@@ -30,8 +30,6 @@ from backend.errors import (
 from backend.sampling_params import (
     MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS,
     NOTHING_MORE as NOTHING_MORE,
-    Grammar as Grammar,
-    GrammarKind as GrammarKind,
     SamplingParams as SamplingParams,
     Wants as Wants,
 )

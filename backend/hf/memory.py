@@ -130,12 +130,8 @@ def measure_peak(
         plain = _transient(executor, largest_decode(spec, plain=True), allocator)
         prefill = _transient(executor, largest_prefill(spec), allocator)
     except RuntimeError as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        raise StartFailed(
-            f"a step of {spec.max_step_tokens:,} tokens and {spec.max_running} rows does not fit "
-            f"beside the weights, {mib(before)}: lower MAX_STEP_TOKENS or MAX_RUNNING"
-        ) from None
+        _refuse_if_full(error, spec, before)
+        raise
     beside = allocator.allocated()
     executor.close()
     del executor
@@ -153,6 +149,15 @@ def measure_peak(
         time.monotonic() - started,
     )
     return peak
+
+
+def _refuse_if_full(error: RuntimeError, spec: BackendSpec, weights: int) -> None:
+    """Raise StartFailed for an error that tells of want of memory."""
+    if any(words in str(error) for words in OUT_OF_MEMORY):
+        raise StartFailed(
+            f"a step of {spec.max_step_tokens:,} tokens and {spec.max_running} rows does not fit "
+            f"beside the weights, {mib(weights)}: lower MAX_STEP_TOKENS or MAX_RUNNING"
+        ) from None
 
 
 def _transient(executor: StepExecutor, plan: StepPlan, allocator: Allocator) -> int:
