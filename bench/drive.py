@@ -34,6 +34,14 @@ class Measured:
 
 
 @dataclass(slots=True)
+class Running:
+    """A request in flight."""
+
+    record: Record
+    length: int  # tokens of its prompt and of its answer so far
+
+
+@dataclass(slots=True)
 class Driver:
     """A closed loop: `concurrency` requests at most are in flight, the next one starts when one
     ends.
@@ -46,8 +54,7 @@ class Driver:
     concurrency: int
     label: str
     progress: Callable[[int], object] = lambda tokens: None  # told how many tokens came
-    _running: dict[str, Record] = field(default_factory=dict, init=False)
-    _lengths: dict[str, int] = field(default_factory=dict, init=False)  # prompt and answer so far
+    _running: dict[str, Running] = field(default_factory=dict, init=False)
 
     def run(self) -> Measured:
         """Submit everything, step until everything has ended. Raises what the engine raises."""
@@ -80,8 +87,7 @@ class Driver:
         now = time.monotonic()
         self.engine.submit(replace(submission, arrival=now))
         record = Record(len(submission.prompt), submitted=time.perf_counter())
-        self._running[submission.id] = record
-        self._lengths[submission.id] = len(submission.prompt)
+        self._running[submission.id] = Running(record, len(submission.prompt))
         return record
 
     def _note(self, delta: Delta, now: float) -> int:
@@ -89,19 +95,19 @@ class Driver:
 
         The token that came is the last of its row and was not attended to yet.
         """
-        record = self._running[delta.id]
-        length = self._lengths[delta.id] + len(delta.tokens)
-        self._lengths[delta.id] = length
+        running = self._running[delta.id]
+        running.length += len(delta.tokens)
+        record = running.record
         record.cached_tokens += delta.cached or 0
         if delta.finish is not None:
-            del self._running[delta.id], self._lengths[delta.id]
+            del self._running[delta.id]
             record.ended = now
             if delta.finish.reason in ("abort", "error"):
                 record.failure = delta.finish.message or delta.finish.reason
         if not delta.tokens:
             return 0
         record.arrivals.append((now, len(delta.tokens)))
-        return length - 1
+        return running.length - 1
 
 
 def _work(output: StepOutput, contexts: list[int], interval: float) -> StepWork:

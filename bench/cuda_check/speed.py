@@ -65,8 +65,12 @@ def about(spec: BackendSpec, ceiling: Ceiling | None) -> Results:
 
 
 def run_reference(llm: LLM, repeat: int, ceiling: Ceiling | None) -> Result:
-    """Run the reference workload, the first time unmeasured: it meets every shape there is."""
-    workload = reference(llm.spec.vocabulary)
+    """Run the reference workload, the first time unmeasured."""
+    return run_again(llm, reference(llm.spec.vocabulary), repeat, ceiling)
+
+
+def run_again(llm: LLM, workload: Workload, repeat: int, ceiling: Ceiling | None) -> Result:
+    """`run` after a run that is not measured: that one meets every shape there is."""
     measure(llm, workload, len(workload.jobs), 1)
     return run(llm, workload, repeat, ceiling)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from backend.interface import BackendSpec
 from bench.card import show
-from bench.cuda_check.speed import Results, about, alone, run, run_reference
+from bench.cuda_check.speed import Results, about, alone, run, run_again, run_reference
 from bench.cuda_check.steps import HEADER, steps_beside_floor
 from bench.roofline import Ceiling
 from bench.workloads import alike, shared_prefixes
 from config import Settings
-from local_bench import ceiling_of, measure, opened
+from local_bench import ceiling_of, opened
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -69,8 +69,7 @@ def large(settings: Settings) -> Iterator[Results]:
         spec, ceiling = llm.spec, ceiling_of(llm.spec)
         assert ceiling is not None
         workload = alike(LARGE_ROWS, LARGE_PROMPT, LARGE_ANSWER, spec.vocabulary, seed=0)
-        measure(llm, workload, len(workload.jobs), 1)  # unmeasured: meets every shape there is
-        result = run(llm, workload, RUNS, ceiling)
+        result = run_again(llm, workload, RUNS, ceiling)
         yield {"large_model": spec.model, "large_output_tokens_per_s": result.runs}
         (step,) = steps_beside_floor(llm.engine, spec, ceiling, (LARGE_ROWS,))
         show(f"a decode step of {spec.model} beside its floor, ms", HEADER, [step.row()])

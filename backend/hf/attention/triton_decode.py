@@ -12,7 +12,7 @@ from backend.hf.attention.triton_launch import Kernels, LayerCall, StepCache, Ti
 from backend.hf.batch import DecodeRows
 from backend.hf.kernels.paged_decode import BLOCK_FIELDS, decode_kernel, plan_kernel
 
-FEW_ROWS = 32
+FEW_ROWS = 32  # are cut by themselves; the keys of more are dealt out evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,14 @@ class DecodeAttention:
             call.layer,
             lambda: self._plan(rows, window, call.heads, call.layer),
         )
-        tiling, geometry = plan.cutting.tiling, kernels.geometry
-        group = call.heads // geometry.kv_heads
-        decode_kernel[geometry.kv_heads, plan.programs](
+        tiling, kv_heads = plan.cutting.tiling, kernels.geometry.kv_heads
+        decode_kernel[kv_heads, plan.programs](
             call.query, call.pool, plan.blocks, plan.places, plan.ranges, plan.parts_of,
             plan.counters, call.options.sinks, call.output, plan.parts, plan.peaks, plan.totals,
             call.query.stride(0), call.query.stride(1), *call.scaling, int(call.layer > plan.layer),
-            group, geometry.kv_heads, geometry.key_width, geometry.value_width, plan.span,
-            call.options.softcap is not None, max(tiling.rows, padded(group)),
-            tiling.keys, *kernels.widths, kernels.hopper, **tiling.options,
-            launch_pdl=kernels.hopper,
+            *kernels.constants(call), plan.span, call.options.softcap is not None,
+            max(tiling.rows, padded(call.heads // kv_heads)), tiling.keys, *kernels.widths,
+            kernels.hopper, **tiling.options, launch_pdl=kernels.hopper,
         )  # fmt: skip
 
     def _plan(self, rows: DecodeRows, window: int | None, heads: int, layer: int) -> Plan:
@@ -78,7 +76,9 @@ class DecodeAttention:
         span = gcd(page, keys)
         wanted = max(1, cutting.programs * self._kernels.processors // geometry.kv_heads)
         programs = wanted if even else rows.count + wanted
-        seen = min(rows.bound * page, window + span if window else rows.bound * page)
+        seen = rows.bound * page
+        if window:
+            seen = min(seen, window + span)
         most = rows.count * -(-seen // keys)
 
         def ints(*shape: int) -> Tensor:

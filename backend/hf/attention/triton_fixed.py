@@ -61,8 +61,8 @@ class FixedAttention:
             call.query, call.pool, cut.pages, cut.tiles, cut.counters, call.options.sinks,
             call.output, cut.parts, cut.peaks, cut.totals, cut.own, cut.splits,
             call.query.stride(0), call.query.stride(1), *call.scaling, *kernels.constants(call),
-            call.options.window or 0, call.options.softcap is not None, self._height(call.heads),
-            tiling.keys, *kernels.widths, **tiling.options,
+            kernels.page_tokens, call.options.window or 0, call.options.softcap is not None,
+            self._height(call.heads), tiling.keys, *kernels.widths, **tiling.options,
         )  # fmt: skip
 
     def _height(self, heads: int) -> int:

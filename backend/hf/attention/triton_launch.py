@@ -71,11 +71,10 @@ class Kernels:
         self.widths = padded(geometry.key_width), padded(geometry.value_width)
 
     def constants(self, call: LayerCall) -> tuple[int, ...]:
-        """GROUP, KV_HEADS, KEY, VALUE and PAGE of a kernel."""
+        """GROUP, KV_HEADS, KEY and VALUE of a kernel."""
         geometry = self.geometry
         group = call.heads // geometry.kv_heads
-        widths = geometry.key_width, geometry.value_width
-        return group, geometry.kv_heads, *widths, self.page_tokens
+        return group, geometry.kv_heads, geometry.key_width, geometry.value_width
 
     def keys(self, most: int, stages: int, rows: int = 0) -> int:
         """Keys of a tile, so that `stages` of them and their values fit into shared memory beside

@@ -57,7 +57,7 @@ class PrefillAttention:
         prefill_kernel[call.heads // cut.heads, len(cut.tiles)](
             call.query, own, call.kv.stride(0), call.pool, cut.pages, cut.tiles,
             call.options.sinks, call.output, call.query.stride(0), call.query.stride(1),
-            *call.scaling, *kernels.constants(call), call.options.window or 0,
+            *call.scaling, *kernels.constants(call), kernels.page_tokens, call.options.window or 0,
             call.options.softcap is not None, cut.heads, tiling.rows, tiling.keys,
             *kernels.widths, tma, **tiling.options,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Decode attention over pages: one query a row, the keys of all rows dealt out evenly.
+"""Decode attention over pages: one query a row, the keys of all rows dealt out to programs.
 
 Reads every key and value once: positions * row * itemsize bytes over the read rate, at 16/8 heads
 of 128 in bf16 0.25 ms for 256 rows of 1,100 on an H200; one row is bound by its chain of loads,
@@ -6,8 +6,8 @@ plan, place, key, some 4 us. Reference: `tests/backend/hf/kernels/test_paged_att
 
 The blocks of keys of all rows stand in one list, made on the device once a step, so that a graph
 serves every length. A program folds a range of it, rows or parts of rows, without a pause between
-them: the places of a block are read while the one before is folded, so that any number of blocks
-can be under way. A row's parts are joined by the last of them to end, not by a launch of their own.
+them: a block is loaded while the one before is folded, also where another row begins. A row's parts
+are joined by the last of them to end, not by a launch of their own.
 Even ranges: Stream-K, Osama et al. 2023; of decode attention: LeanAttention, Sanovar et al. 2024.
 Split rows: Flash-Decoding, Dao et al. 2023.
 """
