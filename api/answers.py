@@ -42,7 +42,9 @@ class Ask:
     n: int = 1
     wants: Wants = NOTHING_MORE
     skip_special_tokens: bool = True
-    keep_stop_token: bool = False  # the stop token's text is part of the answer
+    keep_stop: bool = False  # the text ends with what stopped it
+    namespace: str = ""  # prefixes are shared within one namespace only
+    priority: int = 0  # higher goes first
     name: str | None = None  # what the client calls its answers; None: as the whole request
 
 
@@ -135,7 +137,7 @@ class Answers:
                     tokenizer,
                     ask.stop,
                     skip_special_tokens=ask.skip_special_tokens,
-                    keep_stop_token=ask.keep_stop_token,
+                    keep_stop=ask.keep_stop,
                 )
                 self.all.append(Answer(len(self.all), live, stream))
         self.warnings += self.pool.submit([answer.live for answer in self.all])
@@ -149,7 +151,9 @@ class Answers:
             sampling=ask.sampling,
             seed=secrets.randbits(62) if ask.seed is None else ask.seed,
             wants=ask.wants,
+            namespace=ask.namespace,
             group=name if ask.n > 1 else None,
+            priority=ask.priority,
             arrival=time.monotonic(),
         )
         first = with_default_length(first, self.pool.spec, length)

@@ -136,11 +136,11 @@ def _place(detail: ErrorDetails, value: Any) -> tuple[tuple[str, ...], int | Non
 def unknown_fields(extra: Mapping[str, Any] | None, strict: bool) -> list[str]:
     """Warnings for fields that nothing here knows, for routes whose clients send all sorts.
 
-    Raises ApiError 400 for the first one when `strict` (STRICT_FIELDS=1).
+    Raises ApiError 400 for the first one when `strict` (STRICT_FIELDS, or `x-strict`).
     """
     names = sorted(extra or ())
     if names and strict:
-        raise refused(f"{names[0]} is not a field of this request (STRICT_FIELDS=1)", names[0])
+        raise refused(f"{names[0]} is not a field of this request", names[0])
     return [f"{name} is not a field of this request and was ignored" for name in names]
 
 

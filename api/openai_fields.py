@@ -15,7 +15,7 @@ from api.answers import Ask
 from api.bodies import Form, parse, read_body, unknown_fields, unknown_in
 from api.errors import refused
 from api.sampling_fields import SamplingDefaults, SamplingFields, check_answers
-from api.service import service_of
+from api.service import is_strict, service_of
 from engine.text import stop_strings
 
 # Known to clients, not served here: the value that asks for nothing, besides null.
@@ -163,4 +163,4 @@ async def accept(request: Request, form: type[Fields]) -> tuple[Fields, list[str
             "this model has no tokenizer.json and answers in token ids: use /generate",
             form.prompt_field,
         )
-    return fields, fields.warnings(service.strict_fields)
+    return fields, fields.warnings(is_strict(request))

@@ -18,7 +18,7 @@ from api.control import Control
 from api.errors import refused
 from api.metrics import render
 from api.replies import warnings_entry
-from api.service import owner_of, service_of
+from api.service import is_strict, owner_of, service_of
 from backend.interface import Unavailable
 
 router = APIRouter(tags=["operations"])
@@ -101,7 +101,7 @@ async def abort_request(request: Request) -> dict[str, Any]:
     """End requests of the caller's own key with finish "abort": one by its id, or all."""
     service = service_of(request)
     body = parse(await read_body(request), AbortRequest)
-    warnings = unknown_fields(body.model_extra, service.strict_fields)
+    warnings = unknown_fields(body.model_extra, is_strict(request))
     if body.abort_all == bool(body.rid):
         raise refused("either rid or abort_all is wanted", "rid")
     aborted = service.pool.abort(request_id=body.rid or None, owner=owner_of(request))

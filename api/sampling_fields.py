@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from api.bodies import Form, TokenIds, bounded
 from api.errors import refused
-from backend.interface import ModelBroken, RequestRefused, SamplingParams
+from backend.interface import Grammar, ModelBroken, RequestRefused, SamplingParams
 from backend.tokenizer import Tokenizer
 from engine.text import stop_strings
 
@@ -77,7 +77,11 @@ class SamplingFields(Form):
     skip_special_tokens: bool | None = None
 
     def params(
-        self, defaults: SamplingDefaults, max_new_tokens: int | None, min_new_tokens: int | None
+        self,
+        defaults: SamplingDefaults,
+        max_new_tokens: int | None,
+        min_new_tokens: int | None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """What the engine is asked for. Raises RequestRefused naming the field."""
 
@@ -98,6 +102,7 @@ class SamplingFields(Form):
             min_new_tokens=min_new_tokens or 0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            grammar=grammar,
         )
 
     def stops(self, tokenizer: Tokenizer) -> tuple[str, ...]:

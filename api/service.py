@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from api.answers import Answers, Ask
-from api.errors import model_not_found
+from api.errors import model_not_found, refused
 from api.sampling_fields import SamplingDefaults
 from backend.interface import BackendSpec, RequestRefused, TooLong, Unavailable
 from backend.tokenizer import Tokenizer, open_tokenizer
@@ -57,11 +57,6 @@ class Service:
         self.settings = settings
         self.pool = pool
         self._model: Model | None = None
-
-    @property
-    def strict_fields(self) -> bool:
-        """Whether a field that nothing here knows is refused on every route."""
-        return self.settings.server.strict_fields
 
     @property
     def model(self) -> Model:
@@ -163,6 +158,16 @@ def service_of(request: Request) -> Service:
     """The server's service."""
     service: Service = request.app.state.service
     return service
+
+
+def is_strict(request: Request) -> bool:
+    """Whether a field that nothing here knows is refused, on whatever route: because the server
+    was started so (STRICT_FIELDS), or because this request asks for it (`x-strict: 1`).
+    """
+    asked = request.headers.get("x-strict", "0")
+    if asked not in ("0", "1"):
+        raise refused(f"x-strict must be 0 or 1, got {asked!r:.40}", "x-strict")
+    return service_of(request).settings.server.strict_fields or asked == "1"
 
 
 def owner_of(request: Request) -> str:

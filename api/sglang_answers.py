@@ -55,9 +55,6 @@ class Record:
         """Take in a piece, or the whole at once."""
         self.text += news.text
         self.ids += news.token_ids
-        finish = news.finish
-        if finish is not None and self.ask.keep_stop_token and isinstance(finish.matched, str):
-            self.text += finish.matched
         self._add_logprobs("input", news.prompt_logprobs)
         self._add_logprobs("output", news.logprobs)
 

@@ -29,7 +29,7 @@ from api.bodies import (
 from api.errors import refused
 from api.replies import json_reply
 from api.sampling_fields import SamplingFields, check_answers
-from api.service import Model, Service, new_id, owner_of, service_of
+from api.service import Model, Service, is_strict, new_id, owner_of, service_of
 from api.sglang_answers import Record, SglangFrames
 from api.streaming import AnswerStream, fold
 from backend.interface import NOTHING_MORE, Wants
@@ -200,7 +200,7 @@ async def respond(request: Request, value: dict[str, Any]) -> Response:
     """The answer to a body in this form. Raises ApiError, EngineError or ClientGone."""
     service = service_of(request)
     body = parse_value(value, SglangBody)
-    warnings = body.warnings(service.strict_fields)
+    warnings = body.warnings(is_strict(request))
     service.check_model(body.model)
     rids = body.each("rid", None)
     if isinstance(body.rid, list) and len(set(rids)) < len(rids):
@@ -259,7 +259,7 @@ def _draft(model: Model, sampling: SglangSampling, wants: Wants) -> Ask:
         n=sampling.n or 1,
         wants=wants,
         skip_special_tokens=sampling.skip_special_tokens is not False,
-        keep_stop_token=bool(sampling.no_stop_trim),
+        keep_stop=bool(sampling.no_stop_trim),
     )
 
 

@@ -31,7 +31,7 @@ from api.bodies import (
 from api.conversation import Messages, check_template_kwargs, unknown_in_messages
 from api.errors import refused
 from api.replies import json_reply, warnings_entry
-from api.service import Service, service_of
+from api.service import Service, is_strict, service_of
 from backend.tokenizer import Tokenizer
 from engine.text import decode
 
@@ -100,7 +100,7 @@ async def tokenize(request: Request) -> Response:
     service = service_of(request)
     body = parse(await read_body(request), TokenizeBody)
     body.check()
-    warnings = unknown_fields(body.unknown(), service.strict_fields)
+    warnings = unknown_fields(body.unknown(), is_strict(request))
     service.check_model(body.model)
     tokens, many = await _encode(service, body)
     counts = [len(each) for each in tokens]
@@ -117,7 +117,7 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids, or of each list of many."""
     service = service_of(request)
     body = parse(await read_body(request), DetokenizeBody)
-    warnings = unknown_fields(unknown_in(body, {}), service.strict_fields)
+    warnings = unknown_fields(unknown_in(body, {}), is_strict(request))
     service.check_model(body.model)
     tokenizer = service.model.tokenizer
     if not tokenizer.longest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from backend.errors import RequestRefused
 
@@ -40,6 +41,19 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
+GrammarKind = Literal["json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole of an answer must match: a JSON schema as JSON, a regular expression, or a
+    grammar in Lark's notation as llguidance reads it.
+    """
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn.
@@ -65,6 +79,7 @@ class SamplingParams:
     min_new_tokens: int = 0  # until then no stop id can be drawn
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # the model's own end tokens do not stop; `stop_token_ids` still do
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, (holds, wanted) in NUMBERS.items():

@@ -77,17 +77,17 @@ class TextStream:
         stop: Sequence[str] = (),
         *,
         skip_special_tokens: bool = True,
-        keep_stop_token: bool = False,
+        keep_stop: bool = False,
     ) -> None:
-        """`stop` as `stop_strings` returns it. `keep_stop_token`: the token that ended the answer
-        has its text in it.
+        """`stop` as `stop_strings` returns it. `keep_stop`: the token or the string that
+        ended the answer has its text in it.
         """
         self.tokens = 0  # of the answer: up to and including the one that ended it
         self.finish: Finish | None = None
         self._bytes = tokenizer.visible if skip_special_tokens else tokenizer.table
         self._at_start = tokenizer.strips_leading_space
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._keep_stop_token = keep_stop_token
+        self._keep_stop = keep_stop
         self._stop = stop
         self._first = {string[0] for string in stop}
         self._beginnings = {string[:length] for string in stop for length in range(1, len(string))}
@@ -114,7 +114,7 @@ class TextStream:
     def _drops_last(self, tokens: Sequence[int], finish: Finish) -> bool:
         """Whether the last of `tokens` is the stop token, and its text is not wanted."""
         stopped = bool(tokens) and finish.reason == "stop" and finish.matched == tokens[-1]
-        return stopped and not self._keep_stop_token
+        return stopped and not self._keep_stop
 
     def _text(self, data: bytes) -> str:
         """The characters that `data` completes."""
@@ -146,9 +146,9 @@ class TextStream:
             if (start := text.find(string)) >= 0
         ]
         if matches:
-            _, kept, string = min(matches)
+            end, kept, string = min(matches)
             self.finish = Finish("stop", matched=string)
-            return text[:kept]
+            return text[: end if self._keep_stop else kept]
         kept = max(0, len(text) - self._longest)
         while kept < len(text) and text[kept:] not in self._beginnings:
             kept += 1

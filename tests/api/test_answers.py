@@ -135,7 +135,7 @@ def test_a_stop_token_counts_and_has_text_only_where_it_is_kept() -> None:
     stop = Finish("stop", matched=ord("."))
     for keep, text in ((False, "end"), (True, "end.")):
         pool = HandFedPool()
-        answers = opened(pool, replace(ask(), keep_stop_token=keep))
+        answers = opened(pool, replace(ask(), keep_stop=keep))
         pool.feed(0, b"end.", stop)
         [whole] = wholes(answers)
         assert (whole.text, whole.finish, whole.token_ids) == (text, stop, list(b"end."))

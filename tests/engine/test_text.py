@@ -158,7 +158,7 @@ def test_deltas_after_the_end_are_dropped_and_not_counted() -> None:
 def test_the_stop_token_is_counted_and_has_no_text_unless_it_is_wanted(
     finish: Finish, keep: bool, text: str
 ) -> None:
-    text_stream = TextStream(Pieces([b"a", b"END"]), keep_stop_token=keep)
+    text_stream = TextStream(Pieces([b"a", b"END"]), keep_stop=keep)
     piece = text_stream.feed([0, 1], finish)
     assert (piece.text, piece.finish, text_stream.tokens) == (text, finish, 2)
 
