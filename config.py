@@ -184,6 +184,15 @@ class AdaptiveSettings(Part):
     factor: float = Field(0.8, gt=0, le=1, alias="ADAPTIVE_MAX_NEW_TOKENS_FACTOR")
 
 
+class DialectSettings(Part):
+    """How the model writes what is more than words. auto: as its chat template has it."""
+
+    tool_parser: Literal[
+        "auto", "hermes", "qwen3_coder", "llama3_json", "mistral", "pythonic", "none"
+    ] = Field("auto", alias="TOOL_PARSER")
+    reasoning_parser: Literal["auto", "think", "none"] = Field("auto", alias="REASONING_PARSER")
+
+
 class ServerSettings(Part):
     """What clients see, and who they must be."""
 
@@ -213,6 +222,7 @@ class Settings(Part):
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     pool: PoolSettings = Field(default_factory=PoolSettings)
     adaptive: AdaptiveSettings = Field(default_factory=AdaptiveSettings)
+    dialect: DialectSettings = Field(default_factory=DialectSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     control: ControlSettings = Field(default_factory=ControlSettings)
     log_level: LogLevel = Field("INFO", alias="LOG_LEVEL")

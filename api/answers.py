@@ -28,6 +28,7 @@ from engine.live_request import LiveRequest
 from engine.multi_device import EnginePool
 from engine.text import TextStream
 
+SCORES_OF_A_PIECE = 256  # log-probabilities of a prompt: to write them takes about 5 ms
 ABANDONED = Finish("abort", message="the client has gone")
 
 
@@ -41,8 +42,10 @@ class Ask:
     seed: int | None = None  # None: drawn
     n: int = 1
     wants: Wants = NOTHING_MORE
+    group: str | None = None  # asks of one group wait for the first one's prompt, to share it
     skip_special_tokens: bool = True
     keep_stop: bool = False  # the text ends with what stopped it
+    stop_regex: tuple[str, ...] = ()  # as `engine.stop_regex.stop_patterns` returns it
     namespace: str = ""  # prefixes are shared within one namespace only
     priority: int = 0  # higher goes first
     name: str | None = None  # what the client calls its answers; None: as the whole request
@@ -100,11 +103,22 @@ class Answer:
         """Tokens up to the one that ended it: what comes after a stop string does not count."""
         return self.stream.tokens
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether log-probabilities of the prompt are there that were not taken."""
+        return self.scored < len(self.live.prompt_logprobs)
+
     def take(self) -> Piece:
-        """What has come since the last time. Called until it brings a finish, no more."""
+        """What has come since the last time. Called until it brings a finish, no more.
+
+        Of a long prompt's log-probabilities it brings some, and nothing of the answer before all.
+        """
         live, start, scored = self.live, self.stream.tokens, self.scored
+        self.scored = min(scored + SCORES_OF_A_PIECE, len(live.prompt_logprobs))
+        if self.has_scores:
+            return Piece("", (), None, (), live.prompt_logprobs[scored : self.scored])
         text = self.stream.feed(live.received[start:], live.finish)
-        end, self.scored = self.stream.tokens, len(live.prompt_logprobs)
+        end = self.stream.tokens
         return Piece(
             text.text,
             live.received[start:end],
@@ -121,6 +135,7 @@ class Answers:
     id: str  # the client's name for all of it
     pool: EnginePool
     warnings: list[str] = field(default_factory=list)
+    progress: bool = False  # the client wants to hear of it before the first piece
     created: int = field(default_factory=lambda: int(time.time()))
     all: list[Answer] = field(default_factory=list)
     _going: dict[LiveRequest, Answer] = field(default_factory=dict)
@@ -136,6 +151,7 @@ class Answers:
                 stream = TextStream(
                     tokenizer,
                     ask.stop,
+                    ask.stop_regex,
                     skip_special_tokens=ask.skip_special_tokens,
                     keep_stop=ask.keep_stop,
                 )
@@ -150,9 +166,9 @@ class Answers:
             prompt=tuple(ask.prompt),
             sampling=ask.sampling,
             seed=secrets.randbits(62) if ask.seed is None else ask.seed,
-            wants=ask.wants,
+            wants=replace(ask.wants, progress=True) if self.progress else ask.wants,
             namespace=ask.namespace,
-            group=name if ask.n > 1 else None,
+            group=ask.group or (name if ask.n > 1 else None),
             priority=ask.priority,
             arrival=time.monotonic(),
         )
@@ -183,6 +199,9 @@ class Answers:
                 if live in self._going
             ]
             for answer, piece in pieces:
+                if answer.has_scores:
+                    self._notify(answer.live)
+                    await asyncio.sleep(0)  # others have their turn, however many there are
                 if piece.finish is not None:
                     del self._going[answer.live]
                     self.pool.end(answer.live, piece.finish)  # a stop string is known here alone

@@ -16,13 +16,14 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.errors import ApiError
+from api.errors import ApiError, route_of
 from backend.interface import StartFailed
 from config import ServerSettings
 
 # Probes and scrapers have no key. `/metrics` tells how much is asked, never what or by whom.
-OPEN = ("/health", "/metrics")
-OPEN_BELOW = "/health/"
+# The page is the same for everybody: what it asks for needs the key.
+OPEN = ("/health", "/metrics", "/")
+OPEN_BELOW = ("/health/", "/static/")
 
 # Any of them: the request came through a proxy, or from a page in somebody's browser, and the
 # address of the connection says nothing about who asks.
@@ -106,14 +107,14 @@ class ApiKeyMiddleware:
         owner = self.keys.owner(Headers(scope=scope))
         if owner is None and not _is_open(scope):
             refusal = _unauthorized("this server needs an API key: Authorization: Bearer KEY")
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope)(scope, receive, send)
             return
         scope.setdefault("state", {})["owner"] = owner or ""
         await self.app(scope, receive, send)
 
 
 def _is_open(scope: Scope) -> bool:
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = route_of(scope)
     return path in OPEN or path.startswith(OPEN_BELOW)
 
 

@@ -21,10 +21,11 @@ from api.service import Service
 from backend.interface import EngineError
 from config import LogLevel
 from engine.log import start_log
+from engine.multi_device import PauseMode
 
 MOST = 1 << 31  # of any count in a command
 MAX_DRAIN_WAIT_S = 3600.0
-QUICK_S, FLUSH_S, WARM_S = 10.0, 60.0, 600.0  # timeouts
+QUICK_S, STEPS_S, WARM_S = 10.0, 60.0, 600.0  # timeouts: STEPS_S for what waits for steps
 
 Answer: TypeAlias = dict[str, Any]
 
@@ -46,6 +47,12 @@ class Drain(Arguments):
     """How long to wait for the requests that go on, in seconds."""
 
     wait: float = Field(0.0, ge=0, le=MAX_DRAIN_WAIT_S)
+
+
+class Pause(Arguments):
+    """What becomes of the requests that go on: they end, or stay where they are."""
+
+    mode: PauseMode = "abort"
 
 
 class Abort(Arguments):
@@ -135,6 +142,15 @@ class Control:
         await self.pool.drained(wanted.wait)
         return self._work()
 
+    async def pause(self, wanted: Pause) -> Answer:
+        """Generate nothing until `continue`; new requests wait. Says how many were ended."""
+        return {"aborted": await self.pool.pause(wanted.mode), **self._work()}
+
+    async def go_on(self, _: Arguments) -> Answer:
+        """Generate again, from where it was."""
+        await self.pool.go_on()
+        return self._work()
+
     async def resume(self, _: Arguments) -> Answer:
         """Accept requests again."""
         self.pool.resume()
@@ -189,8 +205,10 @@ VERBS: dict[str, Verb] = {
     "health": Verb(Arguments, Control.health),
     "drain": Verb(Drain, Control.drain, MAX_DRAIN_WAIT_S + QUICK_S),
     "resume": Verb(Arguments, Control.resume),
+    "pause": Verb(Pause, Control.pause, STEPS_S),
+    "continue": Verb(Arguments, Control.go_on, STEPS_S),
     "abort": Verb(Abort, Control.abort),
-    "flush": Verb(Arguments, Control.flush, FLUSH_S),
+    "flush": Verb(Arguments, Control.flush, STEPS_S),
     "set": Verb(Limit, Control.set),
     "log_level": Verb(Log, Control.log_level),
 }

@@ -1,11 +1,13 @@
 """What a client is told when something is wrong: one JSON shape, the right status, no trace.
 
 {"error": {"message", "type", "param", "code"}}
+{"type": "error", "error": {"type", "message"}, "request_id"}    on Anthropic's routes
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +16,25 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from api.replies import json_reply
 from backend.interface import EngineError, Overloaded, RequestRefused, Unavailable
 
 BAD_REQUEST = "invalid_request_error"
 RETRY_UNAVAILABLE_S = 1  # engines start, drain and return within seconds
+
+ANTHROPICS = "/v1/messages"  # the route, and all below it
+REQUEST_ID = "request-id"  # the header that says what `request_id` says in an error
+# What Anthropic calls an error of this status or, else, of this type; others have the same name.
+ANTHROPIC_TYPES: Mapping[int | str, str] = {
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    "unavailable_error": "overloaded_error",
+    "engine_error": "api_error",
+    "server_error": "api_error",
+}
 
 
 @dataclass(eq=False)
@@ -44,9 +59,37 @@ class ApiError(Exception):
         }
         return {"error": {**usual, **self.more}}
 
-    def response(self) -> Response:
-        """The whole answer."""
-        return json_reply(self.body(), self.status, self.headers)
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        """The same in Anthropic's words."""
+        kind = ANTHROPIC_TYPES.get(self.status) or ANTHROPIC_TYPES.get(self.type, self.type)
+        error = {"type": kind, "message": self.message}
+        if "details" in self.more:
+            error["details"] = self.more["details"]
+        return {"type": "error", "error": error, "request_id": request_id}
+
+    def response(self, scope: Scope) -> Response:
+        """The whole answer to the request of `scope`, in the shape of its route."""
+        if not is_anthropics(scope):
+            return json_reply(self.body(), self.status, self.headers)
+        request_id = new_request_id()
+        headers = {REQUEST_ID: request_id, **self.headers}
+        return json_reply(self.anthropic_body(request_id), self.status, headers)
+
+
+def route_of(scope: Scope) -> str:
+    """The path of a request, below where the app is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def is_anthropics(scope: Scope) -> bool:
+    """Whether a request asks for one of Anthropic's routes, or for one that might have been."""
+    return f"{route_of(scope)}/".startswith(f"{ANTHROPICS}/")
+
+
+def new_request_id() -> str:
+    """What Anthropic's clients quote when they ask about a request."""
+    return f"req_{secrets.token_hex(12)}"
 
 
 def refused(message: str, param: str | None = None) -> ApiError:
@@ -92,11 +135,11 @@ def answer_errors(app: FastAPI, rejected: Callable[[str], object] = lambda reaso
     was not taken.
     """
 
-    async def answer(_: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         found = api_error(error)
         if found.status < 500 or isinstance(error, Unavailable):
             rejected(found.code or "invalid")
-        return found.response()
+        return found.response(request.scope)
 
     for kind in (ApiError, EngineError, Exception):
         app.add_exception_handler(kind, answer)
@@ -105,18 +148,19 @@ def answer_errors(app: FastAPI, rejected: Callable[[str], object] = lambda reaso
     app.add_exception_handler(ClientGone, _answer_nobody)
 
 
-async def _answer_http(_: Request, error: Exception) -> Response:
+async def _answer_http(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, str(error.detail), headers=error.headers or {}).response()
+    found = ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+    return found.response(request.scope)
 
 
-async def _answer_validation(_: Request, error: Exception) -> Response:
+async def _answer_validation(request: Request, error: Exception) -> Response:
     """A parameter of the query or the path."""
     assert isinstance(error, RequestValidationError)
     detail = error.errors()[0]
     name = str(detail["loc"][-1])
-    return refused(f"{name}: {detail['msg']}", name).response()
+    return refused(f"{name}: {detail['msg']}", name).response(request.scope)
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:

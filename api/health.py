@@ -8,7 +8,7 @@ import time
 from api.answers import Ask
 from api.service import Service, new_id
 from backend.interface import Overloaded, SamplingParams, Unavailable
-from engine.multi_device import REFUSALS, EnginePool
+from engine.multi_device import PAUSED, REFUSALS, EnginePool
 
 PROGRESS_LIMIT_S = 30.0  # longer than any step, and than any pause for building kernels
 ANY_TOKEN = 0  # a prompt for nobody: every vocabulary has it
@@ -38,6 +38,8 @@ def why_stuck(pool: EnginePool, now: float) -> str | None:
     """Why a restart would help; None: work goes on, or there is none. `now` is monotonic."""
     if pool.state == "down":
         return REFUSALS["down"]
+    if pool.paused:
+        return None
     for replica in pool.replicas:
         if replica.inflight and replica.last_news is not None:
             silent = now - replica.last_news
@@ -61,6 +63,7 @@ def health(service: Service) -> dict[str, object]:
         "status": pool.state,
         "ready": not_ready is None,
         "progress": stuck is None,
+        "paused": pool.paused,
         "replicas_ready": ready_replicas(pool),
         "replicas": len(pool.replicas),
         "reason": not_ready or stuck,
@@ -69,6 +72,8 @@ def health(service: Service) -> dict[str, object]:
 
 async def generate_one_token(service: Service) -> None:
     """Really answer a request, for nobody. Raises Unavailable or BackendFailed when that fails."""
+    if service.pool.paused:
+        raise Unavailable(PAUSED)
     ask = Ask((ANY_TOKEN,), SamplingParams(max_new_tokens=1))
     try:
         answers = service.open(new_id("health"), [ask], owner="")

@@ -8,13 +8,17 @@ render what an `Ear` heard. They know no format of calls and no mark of thoughts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from api.answers import Piece
+from api.dialect import Bounds, Dialect
+from api.errors import refused
+from api.reasoning import MARKS, ThinkReader, ThoughtCounter
 from api.service import Service
 from api.speech import CallStart, PlainReader, Reader, Saying
+from api.tool_calls import CallReader
 from backend.interface import Grammar
 
 
@@ -55,22 +59,36 @@ class Wish:
     separate_reasoning: bool = True  # thoughts are told apart from the answer
     thinking: bool | None = None  # what the template is told; None: what it does by itself
 
+    @property
+    def template_kwargs(self) -> dict[str, bool]:
+        """What the template is told of thinking, by the names that templates know."""
+        if self.thinking is None:
+            return {}
+        return {"enable_thinking": self.thinking, "thinking": self.thinking}
+
 
 @dataclass(slots=True)
 class Ear:
     """Hears one answer, piece by piece. Streamed and whole answers are heard alike."""
 
     reader: Reader
+    counter: ThoughtCounter | None = None  # None: there are no thoughts
     calls: int = 0  # of tools so far
-    reasoning_tokens: int = 0  # so far
+    reasoning_tokens: int = 0  # so far, the marks included
 
     def hear(self, piece: Piece) -> list[Saying]:
         """What a piece says. The one with a finish says all that was held back."""
+        if self.counter is not None:
+            self.reasoning_tokens = self.counter.count(piece.token_ids)
         said = list(self.reader.feed(piece.text))
         if piece.finish is not None:
             said += self.reader.end()
         self.calls += sum(isinstance(each, CallStart) for each in said)
         return said
+
+
+def _plain_ear() -> Ear:
+    return Ear(PlainReader())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +98,11 @@ class Hearing:
     grammar: Grammar | None = None  # for `SamplingParams`
     plain: bool = True  # everything is words: `open_ear` need not be asked
     skip_special_tokens: bool = True  # False: marks are special tokens, and must be seen
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ears: Callable[[], Ear] = _plain_ear
 
     def open_ear(self) -> Ear:
         """For each answer one of its own."""
-        return Ear(PlainReader())
+        return self.ears()
 
 
 def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
@@ -92,4 +110,40 @@ def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
 
     Raises ApiError or RequestRefused for what this model cannot do.
     """
-    return Hearing(grammar=wish.grammar)
+    dialect = service.model.dialect
+    must_call = wish.choice == "required" or isinstance(wish.choice, Named)
+    if must_call and dialect.format is None:
+        raise refused("tool_choice must be auto or none where TOOL_PARSER is none", "tool_choice")
+    thoughts = dialect.thoughts(prompt)
+    format = dialect.format if wish.tools and wish.choice != "none" else None
+    grammar = dialect.grammar(_bounds(dialect, wish), thoughts)
+    if format is None and thoughts == "none":
+        return Hearing(grammar)
+    tools = {tool.name: tool.parameters for tool in wish.tools}
+
+    def open_ear() -> Ear:
+        reader = PlainReader() if format is None else CallReader(format, tools)
+        if thoughts == "none":
+            return Ear(reader)
+        counter = ThoughtCounter(dialect.tokenizer.table, thoughts)
+        return Ear(ThinkReader(reader, thoughts, wish.separate_reasoning), counter)
+
+    marks = [*(() if format is None else format.marks), *(() if thoughts == "none" else MARKS)]
+    return Hearing(grammar, False, dialect.shows(marks), open_ear)
+
+
+def _bounds(dialect: Dialect, wish: Wish) -> Bounds:
+    """What an answer must be, and what it may be where that is bound too."""
+    tools = {tool.name: tool.parameters for tool in wish.tools}
+    if isinstance(wish.choice, Named):
+        return Bounds({wish.choice.name: tools[wish.choice.name]}, several=False)
+    if wish.choice == "required":
+        return Bounds(tools, several=wish.parallel)
+    if wish.choice == "none" or dialect.format is None or not tools:
+        return Bounds(grammar=wish.grammar)
+    if wish.grammar is not None:
+        return Bounds(tools, several=wish.parallel, grammar=wish.grammar)
+    strict = any(tool.strict for tool in wish.tools) or not wish.parallel
+    if strict and not dialect.format.opening and dialect.has_token(dialect.format.marks[0]):
+        return Bounds(tools, may_speak=True, several=wish.parallel)
+    return Bounds()

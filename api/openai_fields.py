@@ -6,41 +6,40 @@ A field is honoured, refused by name, or, where nothing here knows it, answered 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from api.answers import Ask
-from api.bodies import Form, parse, read_body, unknown_fields, unknown_in
+from api.bodies import (
+    Form,
+    bounded,
+    in_words_of_the_client,
+    parse,
+    read_body,
+    unknown_fields,
+    unknown_in,
+)
 from api.errors import refused
+from api.hearing import Hearing
+from api.openai_choices import Extras
 from api.sampling_fields import SamplingDefaults, SamplingFields, check_answers
 from api.service import is_strict, service_of
+from api.structured import OpenAIGrammarFields
+from backend.interface import Wants
+from engine.stop_regex import stop_patterns
 from engine.text import stop_strings
 
 # Known to clients, not served here: the value that asks for nothing, besides null.
 UNSERVED: Mapping[str, Any] = {
-    "response_format": {"type": "text"},
-    "structured_outputs": None,
-    "structural_tag": None,
-    "json_schema": None,
-    "regex": None,
-    "ebnf": None,
-    "guided_json": None,
-    "guided_regex": None,
-    "guided_choice": None,
-    "guided_grammar": None,
     "guided_decoding_backend": None,
     "guided_whitespace_pattern": None,
     "prompt_logprobs": None,
-    "return_token_ids": False,
-    "return_tokens_as_token_ids": False,
     "return_hidden_states": False,
     "allowed_token_ids": None,
     "bad_words": [],
-    "stop_regex": None,
-    "include_stop_str_in_output": False,
-    "no_stop_trim": False,
     "spaces_between_special_tokens": True,
     "use_beam_search": False,
     "length_penalty": 1,
@@ -49,27 +48,25 @@ UNSERVED: Mapping[str, Any] = {
     "custom_logit_processor": None,
     "custom_params": None,
     "lora_path": None,
-    "priority": 0,
-    "cache_salt": None,
-    "request_id": None,
-    "rid": None,
     "prompt_cache_options": None,
-    "metadata": {},
     "store": False,
 }
-STREAM_OPTIONS_UNSERVED: Mapping[str, Any] = {
-    "include_obfuscation": False,
-    "continuous_usage_stats": False,
-}
+STREAM_OPTIONS_UNSERVED: Mapping[str, Any] = {"include_obfuscation": False}
+MOST_URGENT, LEAST_URGENT = -(1 << 31), (1 << 31) - 1  # of `priority`
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(Form):
     """What a stream carries besides its text."""
 
     include_usage: bool | None = Field(None, description="token counts in a last chunk")
+    continuous_usage_stats: bool | None = Field(
+        None, description="in every chunk those of its answer so far"
+    )
 
 
-class OpenAIFields(SamplingFields):
+class OpenAIFields(SamplingFields, OpenAIGrammarFields):
     """The fields of both routes. None: as if it were not there."""
 
     prompt_field: ClassVar[str]  # that holds what is to be answered
@@ -88,6 +85,29 @@ class OpenAIFields(SamplingFields):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    metadata: Annotated[dict[str, Any], BeforeValidator(bounded)] | None = Field(
+        None, description="of stored answers; none are stored: a warning"
+    )
+    stop_regex: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="the text ends before what matches one of these patterns"
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="the text ends with what stopped it"
+    )
+    no_stop_trim: bool | None = Field(None, description="the same")
+    priority: int | None = Field(
+        None, ge=MOST_URGENT, le=LEAST_URGENT, description="who waits goes by it, lower first"
+    )
+    cache_salt: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="prefixes are shared with requests of the same salt only"
+    )
+    request_id: Name | None = Field(None, description="the answer's id, for its abortion")
+    rid: Name | None = Field(None, description="the same")
+    return_token_ids: bool | None = Field(None, description="of prompt and answer")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='beside log-probabilities tokens are called "token_id:17"'
+    )
+    receipt: bool | None = Field(None, description="what each answer took")
 
     @property
     def length_field(self) -> str:
@@ -101,6 +121,7 @@ class OpenAIFields(SamplingFields):
             "max_new_tokens": self.length_field,
             "min_new_tokens": "min_tokens",
             "prompt": self.prompt_field,
+            "rid": "request_id" if self.rid is None else "rid",
         }
 
     @property
@@ -108,9 +129,28 @@ class OpenAIFields(SamplingFields):
         return self.n or 1
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with token counts."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def name(self) -> str | None:
+        """What the client calls its answers."""
+        return self.rid or self.request_id
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        return self.skip_special_tokens is False
+
+    @property
+    def extras(self) -> Extras:
+        """What the client wants to read besides the text of its answers."""
+        options = self.stream_options or StreamOptions(include_usage=None)
+        return Extras(
+            token_ids=bool(self.return_token_ids),
+            receipt=bool(self.receipt),
+            usage=bool(options.include_usage),
+            continuous_usage=bool(options.continuous_usage_stats),
+        )
+
+    def wants(self) -> Wants:
+        """The log-probabilities that are asked for. Raises RequestRefused."""
+        raise NotImplementedError
 
     def warnings(self, strict: bool) -> list[str]:
         """What the client is told of fields that nothing here knows.
@@ -119,7 +159,12 @@ class OpenAIFields(SamplingFields):
         """
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options is for streams: set stream to true", "stream_options")
-        return unknown_fields(self.unknown(), strict)
+        if len({self.rid, self.request_id} - {None}) > 1:
+            raise refused("rid and request_id differ: give one of them", "rid")
+        told = unknown_fields(self.unknown(), strict)
+        if self.metadata:
+            told.append("metadata is of stored answers, and no answer is stored: it was ignored")
+        return told
 
     def unknown(self) -> dict[str, Any]:
         """Fields that nothing here knows, by dotted name. Raises ApiError 400."""
@@ -128,23 +173,27 @@ class OpenAIFields(SamplingFields):
             found |= unknown_in(self.stream_options, STREAM_OPTIONS_UNSERVED, "stream_options.")
         return found
 
-    def asks(self, prompts: Sequence[Sequence[int]], defaults: SamplingDefaults) -> list[Ask]:
+    def asks(
+        self, prompts: Sequence[Sequence[int]], defaults: SamplingDefaults, hearing: Hearing
+    ) -> list[Ask]:
         """What the engine is asked, prompt by prompt. Raises RequestRefused."""
-        length: int | None = getattr(self, self.length_field)
-        sampling = self.params(defaults, length, self.min_tokens)
-        stop = stop_strings(self.stop)
         check_answers(len(prompts) * self.answers_per_prompt, "n")
-        return [
-            Ask(
-                prompt,
-                sampling,
-                stop,
-                self.seed,
-                self.answers_per_prompt,
-                skip_special_tokens=self.skip_special_tokens is not False,
+        with in_words_of_the_client(self.words):
+            length: int | None = getattr(self, self.length_field)
+            draft = Ask(
+                (),
+                self.params(defaults, length, self.min_tokens, hearing.grammar),
+                stop_strings(self.stop),
+                stop_regex=stop_patterns(self.stop_regex),
+                seed=self.seed,
+                n=self.answers_per_prompt,
+                wants=self.wants(),
+                skip_special_tokens=hearing.skip_special_tokens and not self.shows_special_tokens,
+                keep_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
+                namespace=self.cache_salt or "",
+                priority=-(self.priority or 0),  # in vLLM's words: lower goes first
             )
-            for prompt in prompts
-        ]
+        return [replace(draft, prompt=prompt) for prompt in prompts]
 
 
 Fields = TypeVar("Fields", bound=OpenAIFields)

@@ -6,15 +6,15 @@ They answer from the first moment on; what needs a model is a 503 until there is
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from api import health, reports
-from api.auth import require_admin
-from api.bodies import Form, decode, parse, read_body, unknown_fields
-from api.control import Control
+from api.auth import Keys, require_admin
+from api.bodies import Body, Form, decode, described, parse, read_body, unknown_fields
+from api.control import MAX_DRAIN_WAIT_S, Answer, Control
 from api.errors import refused
 from api.metrics import render
 from api.replies import warnings_entry
@@ -85,8 +85,85 @@ async def server_info(request: Request) -> dict[str, Any]:
 @router.get("/flush_cache")
 @router.post("/flush_cache")
 async def flush_cache(request: Request) -> dict[str, Any]:
-    """Give up every cached prefix that is not in use, on every engine."""
-    return await Control(service_of(request)).call({"cmd": "flush"})
+    """Give up every cached prefix, on every engine. 400 while requests run or wait; `timeout`:
+    seconds to wait for their end.
+    """
+    _require_the_operators_key(request)
+    service = service_of(request)
+    pool = service.pool
+    if not await pool.drained(_seconds(request.query_params.get("timeout", "0"))):
+        raise refused(
+            f"{pool.running} requests run and {pool.waiting} wait: flush the cache when there are "
+            "none, or with timeout=SECONDS"
+        )
+    return await Control(service).call({"cmd": "flush"})
+
+
+def _require_the_operators_key(request: Request) -> None:
+    """Of who asks, where there is such a key. Raises ApiError 401."""
+    keys: Keys = request.app.state.keys
+    if keys.admin is not None:
+        require_admin(request)
+
+
+def _seconds(text: str) -> float:
+    """Raises ApiError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_DRAIN_WAIT_S:
+        raise refused(f"timeout must be 0 to {MAX_DRAIN_WAIT_S:.0f} seconds", "timeout")
+    return seconds
+
+
+class PauseRequest(Form):
+    """SGLang's body of `/pause_generation`."""
+
+    mode: Literal["abort", "retract", "in_place"] | None = None
+
+
+class ContinueRequest(Form):
+    """SGLang's body of `/continue_generation`."""
+
+    torch_empty_cache: bool | None = None
+
+
+@router.post("/pause_generation", openapi_extra=described(PauseRequest))
+async def pause_generation(request: Request) -> dict[str, Any]:
+    """Generate nothing until `/continue_generation`; new requests wait. For the operator.
+
+    What goes on ends (`abort`, the default), or stays where it is (`in_place`).
+    """
+    require_admin(request)
+    body = await _optional(request, PauseRequest)
+    warnings = unknown_fields(body.model_extra, is_strict(request))
+    mode = body.mode or "abort"
+    if mode == "retract":
+        raise refused("mode retract is not supported: take abort or in_place", "mode")
+    answer = await Control(service_of(request)).call({"cmd": "pause", "mode": mode})
+    message = "Generation paused successfully."
+    return {"status": "ok", "message": message, **_counts(answer), **warnings_entry(warnings)}
+
+
+@router.post("/continue_generation", openapi_extra=described(ContinueRequest))
+async def continue_generation(request: Request) -> dict[str, Any]:
+    """Generate again, from where it was. For the operator."""
+    require_admin(request)
+    body = await _optional(request, ContinueRequest)
+    warnings = unknown_fields(body.model_extra, is_strict(request))
+    answer = await Control(service_of(request)).call({"cmd": "continue"})
+    message = "Generation continued successfully."
+    return {"status": "ok", "message": message, **_counts(answer), **warnings_entry(warnings)}
+
+
+async def _optional(request: Request, form: type[Body]) -> Body:
+    """The body as a `form`; no body says nothing. Raises ApiError."""
+    return parse(await read_body(request) or b"{}", form)
+
+
+def _counts(answer: Answer) -> Answer:
+    return {name: answer[name] for name in ("aborted", "running", "waiting") if name in answer}
 
 
 class AbortRequest(Form):

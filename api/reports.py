@@ -14,6 +14,7 @@ from backend.interface import Load
 from config import Settings
 from engine.multi_device import EnginePool, ReplicaStatus
 from engine.process_age import process_age
+from engine.statistics import Distribution, Statistics
 from engine.versions import versions
 
 PACKAGES = (
@@ -28,6 +29,7 @@ PACKAGES = (
 )
 MASK = "**********"  # as pydantic shows a secret
 PAGES = ("total", "free", "cached", "leased")
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def metrics(service: Service) -> dict[str, object]:
@@ -43,6 +45,7 @@ def stats(service: Service) -> dict[str, Any]:
     return {
         "scheduler_mode": service.settings.pool.mode,
         "state": pool.state,
+        "uptime_s": round(process_age(), 1),
         "running": pool.running,
         "waiting": pool.waiting,
         "limits": asdict(pool.limits),
@@ -54,7 +57,37 @@ def stats(service: Service) -> dict[str, Any]:
             "hit_rate": seen.cached_tokens / seen.prompt_tokens if seen.prompt_tokens else None,
         },
         "averages": seen.averages(),
+        "totals": _totals(seen),
+        "latency_ms": _latencies(seen),
     }
+
+
+def _totals(seen: Statistics) -> dict[str, Any]:
+    """What has been counted since the start."""
+    return {
+        "accepted": seen.requests_accepted,
+        "rejected": seen.rejections.total(),
+        "requests": dict(seen.requests),  # ended, by finish reason
+        "prompt_tokens": seen.prompt_tokens,
+        "cached_tokens": seen.cached_tokens,
+        "generated_tokens": seen.generated_tokens,
+    }
+
+
+def _latencies(seen: Statistics) -> dict[str, dict[str, float | None]]:
+    """Percentiles since the start, in milliseconds; None: there was nothing to measure."""
+    measured = {
+        "ttft": seen.time_to_first_token,
+        "itl": seen.inter_token,
+        "e2e": seen.end_to_end,
+        "queue": seen.queue_time,
+    }
+    return {name: _percentiles(seconds) for name, seconds in measured.items()}
+
+
+def _percentiles(seconds: Distribution) -> dict[str, float | None]:
+    found = {name: seconds.quantile(share) for name, share in QUANTILES.items()}
+    return {name: None if value is None else round(value * 1e3, 3) for name, value in found.items()}
 
 
 def replicas(pool: EnginePool) -> list[dict[str, Any]]:

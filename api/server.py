@@ -11,7 +11,21 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api import chat, completions, generate, models, operations, tokens
+from api import (
+    anthropic_routes,
+    cache_explain,
+    chat,
+    completions,
+    embeddings,
+    generate,
+    loads,
+    models,
+    operations,
+    page,
+    responses,
+    score,
+    tokens,
+)
 from api.auth import ApiKeyMiddleware, Keys
 from api.errors import answer_errors, api_error
 from api.lifecycle import Lifecycle
@@ -24,9 +38,16 @@ ROUTERS = (
     generate.router,
     completions.router,
     chat.router,
+    responses.router,
+    anthropic_routes.router,
+    embeddings.router,
+    score.router,
     models.router,
     tokens.router,
     operations.router,
+    cache_explain.router,
+    loads.router,
+    page.router,
 )
 
 
@@ -56,7 +77,7 @@ class Server:
             await self._live(receive, send)
         elif self._api is None:
             error = Unavailable("the server has not started: it needs the lifespan protocol")
-            await api_error(error).response()(scope, receive, send)
+            await api_error(error).response(scope)(scope, receive, send)
         else:
             await self._api(scope, receive, send)
 

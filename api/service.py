@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 from fastapi import Request
 
 from api.answers import Answers, Ask
+from api.dialect import Dialect
 from api.errors import model_not_found, refused
+from api.response_store import ResponseStore
 from api.sampling_fields import SamplingDefaults
 from backend.interface import BackendSpec, RequestRefused, TooLong, Unavailable
 from backend.tokenizer import Tokenizer, open_tokenizer
-from config import Settings
+from config import DialectSettings, Settings
 from engine.multi_device import REFUSALS, EnginePool
 
 SLICE = 1 << 20  # characters that are tokenized at a time
@@ -35,18 +37,21 @@ class Model:
     tokenizer: Tokenizer
     defaults: SamplingDefaults
     names: tuple[str, ...]  # that a request may call it by; the first is shown
+    dialect: Dialect
     created: int = field(default_factory=lambda: int(time.time()))  # when it was ready; unix time
 
     @staticmethod
-    def open(spec: BackendSpec, alias: str | None) -> Model:
+    def open(spec: BackendSpec, alias: str | None, dialect: DialectSettings) -> Model:
         """Read the model's tokenizer and generation_config.json. Raises StartFailed."""
         folder = PurePath(spec.folder).name if spec.folder else None
         names = dict.fromkeys(name for name in (alias, spec.model, folder) if name)
+        tokenizer = open_tokenizer(spec.folder, spec.vocabulary)
         return Model(
             spec,
-            open_tokenizer(spec.folder, spec.vocabulary),
+            tokenizer,
             SamplingDefaults.of(spec.folder),
             tuple(names),
+            Dialect.of(tokenizer, dialect),
         )
 
 
@@ -56,6 +61,7 @@ class Service:
     def __init__(self, settings: Settings, pool: EnginePool) -> None:
         self.settings = settings
         self.pool = pool
+        self.responses = ResponseStore()
         self._model: Model | None = None
 
     @property
@@ -68,8 +74,8 @@ class Service:
     async def wait_for_model(self) -> None:
         """Return when the first engine is ready and its tokenizer is loaded. Raises StartFailed."""
         spec = await self.pool.ready()
-        alias = self.settings.server.alias
-        self._model = await asyncio.to_thread(Model.open, spec, alias)
+        alias, dialect = self.settings.server.alias, self.settings.dialect
+        self._model = await asyncio.to_thread(Model.open, spec, alias, dialect)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for a model that is not this one."""
@@ -92,17 +98,22 @@ class Service:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        edit: Callable[[str], str] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, by the model's own template. Raises RequestRefused."""
-        tokenizer = self.model.tokenizer
+        """Token ids of a conversation, by the model's own template; `edit` makes of its text what
+        is encoded. Raises RequestRefused.
+        """
+        model = self.model
 
         def render() -> list[int]:
-            text = tokenizer.render(
-                messages,
-                tools=tools,
+            told, shown = model.dialect.worded(messages, tools)
+            text = model.tokenizer.render(
+                told,
+                tools=shown,
                 add_generation_prompt=add_generation_prompt,
                 **(template_kwargs or {}),
             )
+            text = text if edit is None else edit(text)
             self._check_size(text, "messages")
             return self._encode([text], False, "messages")[0]
 
@@ -125,14 +136,20 @@ class Service:
             )
 
     def open(
-        self, id: str, asks: Sequence[Ask], owner: str, warnings: Sequence[str] = ()
+        self,
+        id: str,
+        asks: Sequence[Ask],
+        owner: str,
+        warnings: Sequence[str] = (),
+        *,
+        progress: bool = False,
     ) -> Answers:
-        """Start the answers of one request, all or none.
+        """Start the answers of one request, all or none; `progress`: as `wants_progress` says.
 
         Raises RequestRefused, Overloaded or Unavailable. Who opens closes.
         """
         model = self.model
-        answers = Answers(id, self.pool, list(warnings))
+        answers = Answers(id, self.pool, list(warnings), progress)
         answers.open(asks, model.tokenizer, owner, self.settings.generation.max_new_tokens)
         return answers
 
@@ -164,10 +181,23 @@ def is_strict(request: Request) -> bool:
     """Whether a field that nothing here knows is refused, on whatever route: because the server
     was started so (STRICT_FIELDS), or because this request asks for it (`x-strict: 1`).
     """
-    asked = request.headers.get("x-strict", "0")
-    if asked not in ("0", "1"):
-        raise refused(f"x-strict must be 0 or 1, got {asked!r:.40}", "x-strict")
-    return service_of(request).settings.server.strict_fields or asked == "1"
+    asked = _switched_on(request, "x-strict")
+    return service_of(request).settings.server.strict_fields or asked
+
+
+def wants_progress(request: Request) -> bool:
+    """Whether a stream of events shall tell of its progress before the first piece: only for who
+    sends `x-progress: 1`, since simple clients choke on comments.
+    """
+    return _switched_on(request, "x-progress")
+
+
+def _switched_on(request: Request, header: str) -> bool:
+    """Whether a header that is 0 or 1 is 1. Raises ApiError 400 for anything else."""
+    value = request.headers.get(header, "0")
+    if value not in ("0", "1"):
+        raise refused(f"{header} must be 0 or 1, got {value!r:.40}", header)
+    return value == "1"
 
 
 def owner_of(request: Request) -> str:

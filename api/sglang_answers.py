@@ -13,6 +13,7 @@ from typing import Any
 from api.answers import Answer, Ask, Piece, Whole
 from api.errors import ApiError
 from api.events import DONE, EVENT_STREAM, event
+from api.receipts import receipt
 from api.replies import warnings_entry
 from backend.interface import Finish, TokenLogprob
 from backend.tokenizer import Tokenizer
@@ -25,6 +26,17 @@ FINISHES: Mapping[str, Callable[[Finish, int], dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """What a client is told beside the text, and how often."""
+
+    texts: bool  # of tokens, beside their log-probabilities
+    prompt: bool  # its token ids
+    receipt: bool
+    interval: int  # tokens from one event of a stream to the next
+    warnings: Sequence[str]
+
+
 @dataclass(slots=True)
 class Record:
     """One answer, as far as it has come."""
@@ -33,11 +45,11 @@ class Record:
     answer: Answer
     ask: Ask
     tokenizer: Tokenizer
-    with_texts: bool  # of tokens, beside their log-probabilities
-    warnings: Sequence[str]
+    telling: Telling
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: dict[str, list[Any]] = field(default_factory=dict)  # by their names in meta_info
+    told: int = 0  # ids that an event has had
 
     def __post_init__(self) -> None:
         wants = self.ask.wants
@@ -67,12 +79,19 @@ class Record:
                 self.logprobs[f"{side}_top_logprobs"].append(top)
 
     def _entry(self, token: int, logprob: float | None) -> tuple[float | None, int, str | None]:
-        text = self.tokenizer.table[token].decode(errors="replace") if self.with_texts else None
+        text = self.tokenizer.table[token].decode(errors="replace") if self.telling.texts else None
         return logprob, token, text
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is enough that no event has had: the first ids go out at once."""
+        fresh = len(self.ids) - self.told
+        return fresh >= (self.telling.interval if self.told else 1)
 
     def content(self, finish: Finish | None) -> dict[str, Any]:
         """The object that tells of it; `finish` None: it goes on."""
         answer = self.answer
+        self.told = len(self.ids)
         return {
             "text": self.text,
             "output_ids": self.ids,
@@ -85,6 +104,7 @@ class Record:
                 **self.logprobs,
                 **({} if finish is None else self._last_words()),
             },
+            **({"prompt_token_ids": self.ask.prompt} if self.telling.prompt else {}),
         }
 
     def _reason(self, finish: Finish) -> dict[str, Any]:
@@ -93,7 +113,11 @@ class Record:
 
     def _last_words(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.answer.live.submission.arrival
-        return {"e2e_latency": seconds, **warnings_entry(self.warnings)}
+        return {
+            "e2e_latency": seconds,
+            **({"receipt": receipt(self.answer)} if self.telling.receipt else {}),
+            **warnings_entry(self.telling.warnings),
+        }
 
 
 class SglangFrames:
@@ -106,11 +130,11 @@ class SglangFrames:
         self._many = many
 
     def frame(self, answer: Answer, piece: Piece) -> bytes:
-        """No event for a piece that brings nothing."""
-        if not piece.token_ids and piece.finish is None:
-            return b""
+        """No event for a piece that brings nothing, or not enough."""
         record = self._records[answer.index]
         record.add(piece)
+        if piece.finish is None and not record.is_due:
+            return b""
         return self._event(answer, record.content(piece.finish))
 
     def failure(self, answer: Answer, error: ApiError) -> bytes:

@@ -27,10 +27,11 @@ from api.bodies import (
     unknown_in,
 )
 from api.errors import refused
+from api.generate_fields import GenerateFields, Priority, Salt
 from api.replies import json_reply
-from api.sampling_fields import SamplingFields, check_answers
-from api.service import Model, Service, is_strict, new_id, owner_of, service_of
-from api.sglang_answers import Record, SglangFrames
+from api.sampling_fields import check_answers
+from api.service import Service, is_strict, new_id, owner_of, service_of, wants_progress
+from api.sglang_answers import Record, SglangFrames, Telling
 from api.streaming import AnswerStream, fold
 from backend.interface import NOTHING_MORE, Wants
 
@@ -47,7 +48,9 @@ UNSERVED: Mapping[str, Any] = {
     "video_config": None,
     "token_ids_logprob": None,
     "return_sampling_mask": False,
+    "sampling_logprobs_mode": None,
     "return_flat_raw_top_logprobs": False,
+    "return_flat_raw_output_top_logprobs": False,
     "return_flat_raw_top_logprobs_b64": False,
     "return_hidden_states": False,
     "return_routed_experts": False,
@@ -55,41 +58,32 @@ UNSERVED: Mapping[str, Any] = {
     "return_indexer_topk": False,
     "return_entropy": False,
     "return_bytes": False,
-    "return_prompt_token_ids": False,
     "session_params": None,
-    "session_id": None,
     "lora_path": None,
     "lora_id": None,
     "custom_logit_processor": None,
     "multi_item_delimiter_indices": None,
+    "token_indices_to_pool": None,
     "positional_embed_overrides": None,
     "bootstrap_host": None,
     "bootstrap_port": None,
     "bootstrap_room": None,
     "bootstrap_pair_key": None,
+    "disagg_prefill_dp_rank": None,
+    "decode_tp_size": None,
     "routed_dp_rank": None,
     "data_parallel_rank": None,
     "routing_key": None,
     "background": False,
     "require_reasoning": False,
     "max_thinking_tokens": None,
-    "priority": 0,
-    "extra_key": None,
-    "cache_salt": None,
-    "no_logs": False,
     "log_metrics": True,
     "custom_labels": None,
+    "watermark": None,
 }
-SAMPLING_UNSERVED: Mapping[str, Any] = {
-    "json_schema": None,
-    "regex": None,
-    "ebnf": None,
-    "structural_tag": None,
-    "stop_regex": None,
-    "custom_params": None,
-    "stream_interval": 1,
-}
+SAMPLING_UNSERVED: Mapping[str, Any] = {"beam_width": 1, "custom_params": None, "watermark": None}
 NONE_OF_THE_PROMPT = -1
+MAX_INTERVAL = 1 << 20
 
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -97,15 +91,13 @@ Value = TypeVar("Value")
 Each: TypeAlias = Annotated[list[Value], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 
 
-class SglangSampling(SamplingFields):
+class SglangSampling(GenerateFields):
     """`sampling_params`. What it does not say is the model's generation_config."""
 
-    max_new_tokens: int | None = Field(
-        None, description="default: MAX_NEW_TOKENS_DEFAULT, clamped to the room in the context"
-    )
-    min_new_tokens: int | None = None
     sampling_seed: int | None = Field(None, description="answer i of n draws from it + i")
-    no_stop_trim: bool | None = Field(None, description="the text ends with what stopped it")
+    stream_interval: int | None = Field(
+        None, ge=1, le=MAX_INTERVAL, description="tokens from one event of a stream to the next"
+    )
     spaces_between_special_tokens: bool | None = Field(
         None, description="changes nothing: tokens are joined as they are"
     )
@@ -128,6 +120,15 @@ class SglangBody(Form):
     )
     top_logprobs_num: int | Each[int] | None = None
     return_text_in_logprobs: bool | None = None
+    return_prompt_token_ids: bool | None = None
+    priority: Priority | None = Field(None, description="who waits goes by it, higher ones first")
+    extra_key: Salt | Each[Salt] | None = Field(
+        None, description="prefixes are shared within one key only"
+    )
+    cache_salt: Salt | Each[Salt] | None = Field(None, description="another name of extra_key")
+    receipt: bool | None = Field(None, description="say what each answer took")
+    no_logs: bool | None = Field(None, description="changes nothing: no prompt is ever logged")
+    session_id: str | None = Field(None, description="changes nothing")
 
     @property
     def source(self) -> str:
@@ -163,6 +164,12 @@ class SglangBody(Form):
         listed = isinstance(self.sampling_params, list)
         return [(f"{path}.{i}" if listed else path, sampling) for i, sampling in enumerate(each)]
 
+    def namespaces(self) -> list[str]:
+        """Where each prompt's prefixes are shared. Raises ApiError."""
+        if self.extra_key is not None and self.cache_salt is not None:
+            raise refused("give either extra_key or cache_salt: they mean the same", "cache_salt")
+        return self.each("extra_key" if self.cache_salt is None else "cache_salt", "")
+
     def wants(self) -> list[Wants]:
         """What each prompt's answers carry. Raises ApiError or RequestRefused."""
         asked = self.each("return_logprob", False)
@@ -175,14 +182,32 @@ class SglangBody(Form):
             for yes, start, top in zip(asked, starts, tops, strict=True)
         ]
 
-    def warnings(self, strict: bool) -> list[str]:
-        """Of fields that nothing here knows. Raises ApiError for one that is not served, and when
-        `strict` for one that is not known.
+    def warnings(self, strict: bool, vocabulary: int) -> list[str]:
+        """Of fields that nothing here knows, and of what is without effect. Raises ApiError for one
+        that is not served, and when `strict` for one that is not known.
         """
         found = unknown_in(self, UNSERVED)
         for path, sampling in self.samplings():
             found |= unknown_in(sampling, SAMPLING_UNSERVED, f"{path}.")
-        return unknown_fields(found, strict) + self._without_effect()
+        return [
+            *unknown_fields(found, strict),
+            *self._without_effect(),
+            *self._impossible_stops(strict, vocabulary),
+        ]
+
+    def _impossible_stops(self, strict: bool, vocabulary: int) -> list[str]:
+        """Of stop tokens that the model does not have, which SGLang lets pass: its clients send
+        those of several models at once.
+        """
+        found: dict[str, None] = {}
+        for path, sampling in self.samplings():
+            name = f"{path}.stop_token_ids"
+            beyond = [id for id in sampling.stop_token_ids or () if id >= vocabulary]
+            if beyond and strict:
+                raise refused(f"{name}: {beyond[0]} is not below {vocabulary}", name)
+            if beyond:
+                found[f"{name}: {beyond[0]} is not a token of this model and was ignored"] = None
+        return list(found)
 
     def _without_effect(self) -> list[str]:
         """Of log-probabilities that are described and not asked for, which SGLang lets pass."""
@@ -200,15 +225,17 @@ async def respond(request: Request, value: dict[str, Any]) -> Response:
     """The answer to a body in this form. Raises ApiError, EngineError or ClientGone."""
     service = service_of(request)
     body = parse_value(value, SglangBody)
-    warnings = body.warnings(is_strict(request))
     service.check_model(body.model)
+    warnings = body.warnings(is_strict(request), service.model.spec.vocabulary)
     rids = body.each("rid", None)
     if isinstance(body.rid, list) and len(set(rids)) < len(rids):
         raise refused("rid must give each prompt a name of its own", "rid")
     asks = await _asks(service, body)
     id = body.rid if isinstance(body.rid, str) else new_id("gen")
     with in_words_of_the_client(_words(body.source, "sampling_params")):
-        answers = service.open(id, asks, owner_of(request), warnings)
+        answers = service.open(
+            id, asks, owner_of(request), warnings, progress=wants_progress(request)
+        )
     many = body.batch is not None or len(answers.all) > 1
     records = _records(service, body, answers, asks, many)
     if body.stream:
@@ -233,34 +260,42 @@ def _words(source: str, path: str) -> dict[str, str]:
 
 async def _asks(service: Service, body: SglangBody) -> list[Ask]:
     """One for each prompt. What is wrong with the fields is said before a prompt is tokenized."""
-    drafts = []
     with in_words_of_the_client(_words(body.source, "sampling_params")):
         wants = body.wants()
-    for (path, sampling), wanted in zip(body.samplings(), wants, strict=True):
-        with in_words_of_the_client(_words(body.source, path)):
-            drafts.append(_draft(service.model, sampling, wanted))
+    drafts = await _drafts(service, body)
     check_answers(sum(draft.n for draft in drafts), "sampling_params.n")
+    namespaces = body.namespaces()
     prompts = await _prompts(service, body)
     listed = isinstance(body.rid, list) or body.batch is None
     names = body.each("rid", None) if listed else [None] * len(prompts)
     return [
-        replace(draft, prompt=prompt, name=name)
-        for draft, prompt, name in zip(drafts, prompts, names, strict=True)
+        replace(
+            draft,
+            prompt=prompt,
+            wants=wanted,
+            namespace=namespace,
+            priority=body.priority or 0,
+            name=name,
+        )
+        for draft, prompt, wanted, namespace, name in zip(
+            drafts, prompts, wants, namespaces, names, strict=True
+        )
     ]
 
 
-def _draft(model: Model, sampling: SglangSampling, wants: Wants) -> Ask:
-    """What is asked for a prompt that is not tokenized yet."""
-    return Ask(
-        (),
-        sampling.params(model.defaults, sampling.max_new_tokens, sampling.min_new_tokens),
-        sampling.stops(model.tokenizer),
-        seed=sampling.sampling_seed,
-        n=sampling.n or 1,
-        wants=wants,
-        skip_special_tokens=sampling.skip_special_tokens is not False,
-        keep_stop=bool(sampling.no_stop_trim),
-    )
+async def _drafts(service: Service, body: SglangBody) -> list[Ask]:
+    """How the answers to each prompt are drawn. Raises ApiError or RequestRefused."""
+    model, samplings = service.model, body.samplings()
+    listed = isinstance(body.sampling_params, list)
+    drafts = []
+    for path, sampling in samplings if listed else samplings[:1]:
+        with in_words_of_the_client(_words(body.source, path)):
+            draft = sampling.ask(model.defaults, model.tokenizer, f"{path}.")
+            await sampling.check(draft, f"{path}.")
+        kept = tuple(id for id in draft.sampling.stop_token_ids if id < model.spec.vocabulary)
+        params = replace(draft.sampling, stop_token_ids=kept)
+        drafts.append(replace(draft, sampling=params, seed=sampling.sampling_seed))
+    return drafts if listed else drafts * len(samplings)
 
 
 async def _prompts(service: Service, body: SglangBody) -> Sequence[Sequence[int]]:
@@ -273,20 +308,26 @@ def _records(
     service: Service, body: SglangBody, answers: Answers, asks: Sequence[Ask], many: bool
 ) -> list[Record]:
     """One for each answer, under the name that the client knows it by."""
-    places = [(number, ask) for ask in asks for number in range(ask.n)]
+    tokenizer, intervals = (
+        service.model.tokenizer,
+        [each.stream_interval for _, each in body.samplings()],
+    )
+    places = [
+        (number, ask, interval)
+        for ask, interval in zip(asks, intervals, strict=True)
+        for number in range(ask.n)
+    ]
     records = []
-    for answer, (number, ask) in zip(answers.all, places, strict=True):
+    for answer, (number, ask, interval) in zip(answers.all, places, strict=True):
         name = f"{answers.id}_{answer.index}" if many else answers.id
         if ask.name is not None:
             name = f"{ask.name}_{number}" if ask.n > 1 else ask.name
-        records.append(
-            Record(
-                name,
-                answer,
-                ask,
-                service.model.tokenizer,
-                bool(body.return_text_in_logprobs),
-                answers.warnings,
-            )
+        telling = Telling(
+            texts=bool(body.return_text_in_logprobs),
+            prompt=bool(body.return_prompt_token_ids),
+            receipt=bool(body.receipt),
+            interval=interval or 1,
+            warnings=answers.warnings,
         )
+        records.append(Record(name, answer, ask, tokenizer, telling))
     return records

@@ -7,7 +7,7 @@ once, streamed or not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from api.answers import Answer, Answers, Piece, Whole
 from api.errors import ApiError, ClientGone, api_error
+from api.events import EVENT_STREAM
+from api.progress import first_pieces
 
 Result = TypeVar("Result")
 
@@ -71,12 +73,17 @@ class AnswerStream(Response):
     """Answers, piece by piece.
 
     The status waits for the first piece: an engine that fails before it is a 503, not a stream.
+    Where progress is told it does not wait, and such a failure is the stream's.
     """
 
-    def __init__(self, answers: Answers, frames: Frames) -> None:
+    def __init__(
+        self, answers: Answers, frames: Frames, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`headers` are lower case, and come beside those of every stream."""
         self.answers = answers
         self.frames = frames
         self.background = None
+        self._more = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -87,12 +94,16 @@ class AnswerStream(Response):
             self.answers.close()
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pieces = await self.answers.pieces()
-        for _, piece in pieces:
-            if piece.error is not None:
-                await api_error(piece.error).response()(scope, receive, send)
-                return
-        await self._start(send)
+        if self.answers.progress and self.frames.media_type == EVENT_STREAM:
+            await self._start(send)
+            pieces = await self._first_pieces(send)
+        else:
+            pieces = await self.answers.pieces()
+            for _, piece in pieces:
+                if piece.error is not None:
+                    await api_error(piece.error).response(scope)(scope, receive, send)
+                    return
+            await self._start(send)
         while pieces:
             frame = b"".join([self._frame(answer, piece) for answer, piece in pieces])
             if frame:
@@ -100,11 +111,18 @@ class AnswerStream(Response):
             pieces = await self.answers.pieces()
         await send({"type": "http.response.body", "body": self.frames.end()})
 
+    async def _first_pieces(self, send: Send) -> list[tuple[Answer, Piece]]:
+        async def tell(comment: bytes) -> None:
+            await send({"type": "http.response.body", "body": comment, "more_body": True})
+
+        return await first_pieces(self.answers, tell)
+
     async def _start(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         headers = [
             (b"content-type", self.frames.media_type.encode()),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+            *self._more,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 

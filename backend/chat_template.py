@@ -97,6 +97,7 @@ class ChatTemplate:
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
         """Raises ModelBroken when a template does not parse."""
+        self.text = "\n".join(sources.values())
         self._variables = variables
         self._templates = {name: _compile(name, source) for name, source in sources.items()}
 

@@ -9,7 +9,7 @@ from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -33,6 +33,7 @@ from backend.sampling_params import (
     NOTHING_MORE as NOTHING_MORE,
     Grammar as Grammar,
     GrammarKind as GrammarKind,
+    Pooling as Pooling,
     SamplingParams as SamplingParams,
     Wants as Wants,
 )
@@ -43,6 +44,9 @@ from backend.submission import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from backend.cache import PrefixCache
 
 
@@ -72,6 +76,16 @@ class Finish:
 EXPIRED = Finish("abort", message="the deadline passed while the request waited")
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one answer took of its engine."""
+
+    steps: int  # that it took part in
+    rows: int  # of all these steps together: `rows / steps` is the mean batch
+    yields: int  # how often it had to make room for others and came back
+    computed: int  # positions of its prompt, and after a yield of its answer, given to the device
+
+
 @dataclass(slots=True)
 class Delta:
     """News of one sequence.
@@ -79,7 +93,9 @@ class Delta:
     `cached` counts the prompt tokens answered by the cache, and comes once, with the first delta.
 
     `prompt_logprobs` come once too, with the first token: one entry for each position after
-    `Wants.prompt_logprobs_from`.
+    `Wants.prompt_logprobs_from`. `pooled` comes with the finish of a submission that asked for it,
+    `work` with any finish whose backend counts it. `prefilled` is the news of a prompt that goes
+    on, for `Wants.progress` alone: positions known to the device.
     """
 
     id: str
@@ -88,6 +104,9 @@ class Delta:
     cached: int | None = None
     logprobs: Sequence[TokenLogprob] = ()  # parallel to tokens when asked for
     prompt_logprobs: Sequence[TokenLogprob] = ()
+    pooled: Sequence[float] = ()
+    work: Work | None = None
+    prefilled: int | None = None
 
 
 @dataclass(slots=True)
@@ -194,6 +213,8 @@ class Chunk:
     `tokens` None: the input is the id that the slot sampled last, which may still be on the device.
     A chunk that samples draws the token at position `start + count`. `targets` are the ids whose
     log-probabilities are wanted: `targets[i]` is the successor of position `score_start + i`.
+    `pools` says which final hidden states are wanted, summed: "mean" those of all its positions,
+    "last" that of the last one.
     """
 
     slot: int
@@ -208,17 +229,20 @@ class Chunk:
     top: int = 0
     score_start: int = 0
     targets: Sequence[int] = ()
+    pools: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One forward pass: decodes first, then chunks of prompts.
 
-    Plain values only, so that it can travel and be recorded.
+    Plain values only, so that it can travel and be recorded. `masked` are the chunks, by index,
+    whose token a grammar binds: what they may draw is not known when the step is launched.
     """
 
     chunks: Sequence[Chunk]
     taken: Sequence[SlotSetup] = ()
+    masked: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
@@ -230,13 +254,17 @@ class StepPlan:
 class StepTokens:
     """Results of a step, parallel to the plan's chunks.
 
-    The two maps hold only the chunks (by index) that asked.
+    The maps hold only the chunks (by index) that asked.
     """
 
     tokens: list[Sequence[int]]  # empty for a chunk that does not sample
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     scores: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    pooled: dict[int, list[float]] = field(default_factory=dict)
 
+
+# The ids that a row may draw: id i is bit i % 32 of word i // 32, the words cover the vocabulary.
+TokenMask: TypeAlias = "NDArray[np.int32]"
 
 StepHandle: TypeAlias = Any  # a step in flight; the executor's own, opaque to the scheduler
 
@@ -247,6 +275,9 @@ class StepExecutor(Protocol):
     A step may be launched before the one ahead of it is collected (`spec.depth` in flight at most),
     so `launch` never needs a token of a step in flight: it is on the device already. Handles are
     collected in launch order, each exactly once.
+
+    A step with masked chunks takes two calls: `launch` starts its forward pass and leaves the draw
+    out; `sample` draws, before anything else is launched.
     """
 
     @property
@@ -262,6 +293,15 @@ class StepExecutor(Protocol):
 
         Raises nothing about a single sequence: what can be refused was refused at submit. Raises
         DeviceLost.
+        """
+
+    def sample(self, handle: StepHandle, masks: Mapping[int, TokenMask]) -> None:
+        """Let a step that was launched with masked chunks draw its tokens, theirs among the ids in
+        `masks` (by index of the chunk; one that is not there draws freely, and nobody wants its
+        token). Called once, right after its launch as far as the executor sees; never for another
+        step. On a GPU it returns at once, and what it draws is what the next step reads.
+
+        The masks are the caller's again when this returns. Raises DeviceLost.
         """
 
     def collect(self, handle: StepHandle) -> StepTokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from backend.errors import RequestRefused
 
@@ -42,16 +42,29 @@ def _is_count(value: object) -> bool:
 
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
+GRAMMAR_KINDS = get_args(GrammarKind)
+MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What the whole of an answer must match: a JSON schema as JSON, a regular expression, or a
     grammar in Lark's notation as llguidance reads it.
+
+    Raises RequestRefused for a text that is too long; what it says is checked where it is compiled.
     """
 
     kind: GrammarKind
     text: str
+
+    def __post_init__(self) -> None:
+        wanted = "one of " + ", ".join(GRAMMAR_KINDS)
+        _refuse_unless(self.kind in GRAMMAR_KINDS, "grammar", wanted, self.kind)
+        fits = isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARACTERS
+        wanted = f"a text of 1 to {MAX_GRAMMAR_CHARACTERS:,} characters"
+        _refuse_unless(
+            fits, "grammar", wanted, len(self.text) if isinstance(self.text, str) else self.text
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +73,10 @@ class SamplingParams:
 
     A value that is out of range raises RequestRefused naming the field.
 
-    Applied in this order: penalties and `logit_bias` on the raw logits, temperature, top_k, top_p
-    over what top_k left, min_p relative to the most probable token. Tokens that tie with the last
-    one kept by top_k or top_p are kept too, so a filter never depends on the order of a sort.
+    Applied in this order: the grammar, penalties and `logit_bias` on the raw logits, temperature,
+    top_k, top_p over what top_k left, min_p relative to the most probable token. Tokens that tie
+    with the last one kept by top_k or top_p are kept too, so a filter never depends on the order of
+    a sort.
     Penalties follow OpenAI (frequency, presence: generated tokens) and CTRL, Keskar et al. 2019
     (repetition: prompt and generated tokens).
     """
@@ -79,6 +93,8 @@ class SamplingParams:
     min_new_tokens: int = 0  # until then no stop id can be drawn
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # the model's own end tokens do not stop; `stop_token_ids` still do
+    # Goes before the two above: an end token is drawn only where the grammar may end, and where it
+    # can only end the answer does, with "stop". A model without a tokenizer refuses it.
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +107,8 @@ class SamplingParams:
         for _, bias in self.logit_bias:
             fits = _is_number(bias) and -100 <= bias <= 100
             _refuse_unless(fits, "logit_bias", "a number between -100 and 100", bias)
+        fits = self.grammar is None or isinstance(self.grammar, Grammar)
+        _refuse_unless(fits, "grammar", "a Grammar", self.grammar)
         least, most = self.min_new_tokens, self.max_new_tokens
         if most is not None:
             _refuse_unless(_is_count(most), "max_new_tokens", COUNT, most)
@@ -103,6 +121,9 @@ class SamplingParams:
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
 
 
+Pooling = Literal["mean", "last"]  # of the final hidden states of a prompt
+
+
 @dataclass(frozen=True, slots=True)
 class Wants:
     """What an answer carries besides its tokens.
@@ -113,6 +134,8 @@ class Wants:
     logprobs: bool = False  # of each generated token
     prompt_logprobs_from: int | None = None  # of prompt tokens after this position
     top: int = 0  # with either: the most probable tokens at each position, too
+    pooling: Pooling | None = None  # the prompt as one vector, in place of tokens
+    progress: bool = False  # news of a long prompt while it is computed
 
     def __post_init__(self) -> None:
         wanted = f"between 0 and {MAX_TOP_LOGPROBS}"
@@ -125,6 +148,8 @@ class Wants:
         asked = self.logprobs or start is not None
         wanted = "0 where no log-probabilities are asked for"
         _refuse_unless(asked or not self.top, "top_logprobs", wanted, self.top)
+        fits = self.pooling is None or self.pooling in get_args(Pooling)
+        _refuse_unless(fits, "pooling", "mean or last", self.pooling)
 
 
 NOTHING_MORE = Wants()

@@ -65,6 +65,7 @@ class BackendSpec:
     parameters: int = 0  # weights of the model
     weight_bytes: int = 0  # what a decode step reads besides the KV cache
     kv_bytes_per_token: int = 0
+    pools: bool = False  # can make one vector of a prompt
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` positions."""
@@ -91,9 +92,22 @@ class BackendSpec:
                 f"prompt_logprobs_from {start} is beyond the prompt of {len(prompt)} tokens",
                 "prompt_logprobs_from",
             )
+        self._check_pooling(submission)
         if not 0 <= submission.seed < 1 << 63:
             raise RequestRefused(f"seed must be 0 to 2**63 - 1, got {submission.seed}", "seed")
         self._check_room(len(prompt), submission.max_new_tokens)
+
+    def _check_pooling(self, submission: Submission) -> None:
+        if submission.wants.pooling is None:
+            return
+        if not self.pools:
+            raise RequestRefused(
+                f"pooling: the backend {self.name} makes no vectors of prompts", "pooling"
+            )
+        if submission.max_new_tokens:
+            raise RequestRefused(
+                "pooling is of the prompt alone: ask for no tokens (max_new_tokens 0)", "pooling"
+            )
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if not set(map(type, ids)) <= {int}:

@@ -56,6 +56,11 @@ class Tokenizer(ABC):
         """Whether `render` can be called."""
         return self._template is not None
 
+    @property
+    def template_text(self) -> str:
+        """The source of its chat templates; empty where there is none."""
+        return "" if self._template is None else self._template.text
+
     def bytes_of(self, id: int) -> bytes:
         """What a token stands for. Not always whole characters."""
         return self.table[id]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from backend.interface import BackendSpec, Delta, Finish, RequestRefused
 from config import AdaptiveSettings, PoolSettings, QueueSettings
+from engine.cache_history import CacheHistory
 from engine.live_request import LiveRequest
 from engine.placement import Placement, open_placement
 from engine.statistics import Statistics
@@ -71,10 +72,12 @@ class Dispatcher:
         self._limits = Limits(
             pool.max_inflight_total, pool.max_inflight_per_engine, queue.max_queued
         )
+        self.history = CacheHistory()
         self._room = WaitingRoom(queue)
         self._serving: dict[int, Serving] = {}  # by the engine's index
         self._placement: Placement | None = None  # made with the first engine
         self._live: dict[str, LiveRequest] = {}  # by submission id, until no engine knows it
+        self._held = False
         self._names: Counter[tuple[str, str]] = Counter()  # how many answers go by each
         self._idle = asyncio.Event()
         self._idle.set()
@@ -110,6 +113,26 @@ class Dispatcher:
         self._limits = replace(limits)
         self._room.bound = limits.max_queued
         self._dispatch(time.monotonic())
+
+    @property
+    def held(self) -> bool:
+        """Whether everybody waits, whatever room there is."""
+        return self._held
+
+    def hold(self) -> None:
+        """Give out nothing until `release`."""
+        self._held = True
+
+    def release(self) -> None:
+        """Give out what waits. What engines had meanwhile is news from now on."""
+        if not self._held:
+            return
+        self._held = False
+        now = time.monotonic()
+        for serving in self._serving.values():
+            if serving.running:
+                serving.busy_since = now
+        self._dispatch(now)
 
     @property
     def is_idle(self) -> bool:
@@ -173,11 +196,22 @@ class Dispatcher:
 
     def _free_rows(self) -> int:
         """How many would leave the room at once."""
+        if self._held:
+            return 0
         rooms = sum(
             each.room(self._limits.max_inflight_per_engine) for each in self._serving.values()
         )
         bound = self._limits.max_inflight_total
         return min(rooms, max(0, bound - self.running)) if bound else rooms
+
+    def place_of(self, request: LiveRequest) -> tuple[int, float] | None:
+        """Where in line a request waits (1 is next), and the seconds it is expected to; None: an
+        engine has it, or it has ended.
+        """
+        ahead = self._room.position(request.id) if request.replica is None else None
+        if ahead is None:
+            return None
+        return ahead + 1, self._room.expected_wait(ahead + 1, time.monotonic())
 
     def _accept(self, request: LiveRequest) -> None:
         self._live[request.id] = request
@@ -247,6 +281,7 @@ class Dispatcher:
         if serving is None or self._placement is None:
             return  # it never served
         self._placement.lost(index)
+        self.history.lost(index)
         finish = Finish("error", message=f"the engine died: {reason}")
         for request in serving.running.values():
             self._forget(request)
@@ -305,10 +340,11 @@ class Dispatcher:
         """An engine brought news of its requests."""
         assert self._placement is not None
         self._statistics.step(index, step)
-        if step.entered or step.evicted:
-            self._placement.cached(index, step.entered, step.evicted)
         running = self._serving[index].running
         now = time.monotonic()
+        if step.entered or step.evicted:
+            self._placement.cached(index, step.entered, step.evicted)
+            self.history.told(index, step.entered, step.evicted, now)
         for delta in step.deltas():
             request = running.get(delta.id)
             if request is None:
@@ -324,12 +360,18 @@ class Dispatcher:
 
     def _feed(self, request: LiveRequest, delta: Delta, now: float) -> None:
         """Add news to a request that goes on."""
+        if delta.prefilled is not None:
+            request.prefilled = delta.prefilled
+            return  # who wants to know looks by itself
         if delta.cached is not None:
             request.cached = delta.cached
+            if delta.finish is None or delta.finish.reason != "abort":
+                self.history.computed(request)
         if delta.tokens:
             self._add_tokens(request, delta, now)
         request.prompt_logprobs += delta.prompt_logprobs
         if delta.finish is not None:
+            request.pooled, request.work = delta.pooled, delta.work
             self._finish(request, delta.finish)
         request.notify(request)
 

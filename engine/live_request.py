@@ -6,10 +6,10 @@ carry it on: the submission and the ids received.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from backend.interface import Finish, Submission, TokenLogprob
+from backend.interface import Finish, Submission, TokenLogprob, Work
 
 
 @dataclass(eq=False, slots=True)
@@ -24,6 +24,9 @@ class LiveRequest:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # parallel to `received`, if wanted
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached: int = 0  # prompt tokens answered by the cache
+    prefilled: int = 0  # prompt tokens known to the device, where `Wants.progress` asks
+    pooled: Sequence[float] = ()  # the prompt as a vector, where `Wants.pooling` asks
+    work: Work | None = None  # what the engine spent; None: it has not told
     finish: Finish | None = None
     replica: int | None = None  # where it runs; None: it waits
     placed: float | None = None

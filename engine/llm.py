@@ -44,6 +44,7 @@ from engine.text import TextStream, stop_strings
 Prompt: TypeAlias = str | Sequence[int]
 
 GREEDY = SamplingParams()
+REST_S = 0.01  # at most, where all wait for what other threads make ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,7 @@ class LLM:
     def _step(self) -> None:
         """Drive the engine, and hand each delta to its stream."""
         with interrupts_held():
-            for delta in self.engine.step().deltas:
+            for delta in self.engine.step(REST_S).deltas:
                 stream = self._streams.get(delta.id)
                 if stream is not None:  # else a stop string ended it, or it was given up
                     self._feed(stream, delta)

@@ -25,6 +25,7 @@ from backend.interface import (
     Unavailable,
 )
 from config import AdaptiveSettings, BackendSettings, PoolSettings, QueueSettings
+from engine.cache_history import Explanation, Question
 from engine.devices import plan_replicas
 from engine.dispatcher import ABORTED, Dispatcher, Limits
 from engine.live_request import LiveRequest
@@ -35,7 +36,8 @@ from ipc.messages import Step
 
 logger = logging.getLogger(__name__)
 
-PoolState = Literal["starting", "ready", "draining", "down"]
+PoolState = Literal["starting", "ready", "paused", "draining", "down"]
+PauseMode = Literal["abort", "in_place"]
 
 REFUSALS: dict[PoolState, str] = {
     "starting": "the engines are starting: try again in a moment",
@@ -43,6 +45,8 @@ REFUSALS: dict[PoolState, str] = {
     "down": "every engine is down: see the server's log",
 }
 CLOSED = Finish("abort", message="the server has stopped")
+PAUSE = Finish("abort", message="generation was paused")
+PAUSED = "generation is paused: continue it first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +97,23 @@ class EnginePool:
 
     @property
     def state(self) -> PoolState:
-        """What a new request would meet. "down": no engine serves and none is coming back."""
+        """What a new request would meet. "paused": it is taken, and waits. "down": no engine serves
+        and none is coming back.
+        """
         if self._draining:
             return "draining"
         if self._dispatcher.engines:
-            return "ready"
+            return "paused" if self.paused else "ready"
         return "down" if self._is_down else "starting"
 
     @property
     def _is_down(self) -> bool:
         return {each.state for each in self._supervisors} == {"down"}
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is generated until `go_on`, whatever else is the case."""
+        return self._dispatcher.held
 
     @property
     def waiting(self) -> int:
@@ -163,7 +174,7 @@ class EnginePool:
 
     def _refuse_unless_ready(self) -> None:
         state = self.state
-        if state != "ready":
+        if state in REFUSALS:
             raise Unavailable(REFUSALS[state])
 
     def end(self, request: LiveRequest, finish: Finish) -> None:
@@ -171,6 +182,12 @@ class EnginePool:
         has ended is left as it is.
         """
         self._dispatcher.end(request, finish)
+
+    def place_of(self, request: LiveRequest) -> tuple[int, float] | None:
+        """Where in line a request waits (1 is next), and the seconds it is expected to; None: it
+        waits no more.
+        """
+        return self._dispatcher.place_of(request)
 
     def abort(
         self, *, request_id: str | None = None, owner: str | None = None, finish: Finish = ABORTED
@@ -246,6 +263,8 @@ class EnginePool:
         in the caches, all replicas together. Raises RequestRefused, Unavailable or BackendFailed.
         """
         self._refuse_unless_ready()
+        if self.paused:
+            raise Unavailable(PAUSED)
         done = asyncio.Event()
         submission = _nobodys(prompt, max_new_tokens)
         self.spec.check(submission)
@@ -288,8 +307,45 @@ class EnginePool:
 
     async def flush(self) -> int:
         """Give up every cached prefix that is not in use, on every replica. Returns the pages."""
-        serving = [self._supervisors[index].replica for index in self._dispatcher.engines]
+        engines = self._dispatcher.engines
+        for index in engines:
+            self._dispatcher.history.flushed(index)
+        serving = [self._supervisors[index].replica for index in engines]
         return sum(await asyncio.gather(*(replica.flush() for replica in serving)))
+
+    async def explain(
+        self, owner: str, namespace: str, ids: Sequence[int]
+    ) -> Sequence[Explanation]:
+        """What a prompt of `owner` would find in the cache of each replica that serves, and why
+        not more. Raises Unavailable.
+        """
+        now = time.monotonic()
+        question = Question(owner, namespace, tuple(ids), self.spec.page_tokens, now)
+        return await self._dispatcher.history.explain(question, self._dispatcher.engines)
+
+    async def pause(self, mode: PauseMode) -> int:
+        """Generate nothing until `go_on`; new requests wait. Returns how many were ended.
+
+        "abort": what is there ends, and when this returns no engine has a request. "in_place": it
+        stays where it is, and when this returns no engine does a step. Raises BackendFailed when an
+        engine is lost meanwhile; no new one is given work.
+        """
+        self._dispatcher.hold()
+        await self._pause_engines(mode == "in_place")
+        if mode == "in_place":
+            return 0
+        aborted = self._dispatcher.abort(finish=PAUSE)
+        await self._dispatcher.idle()
+        return aborted
+
+    async def go_on(self) -> None:
+        """Generate again, from where it was. Raises as `pause` does."""
+        self._dispatcher.release()
+        await self._pause_engines(False)
+
+    async def _pause_engines(self, paused: bool) -> None:
+        serving = [self._supervisors[index].replica for index in self._dispatcher.engines]
+        await asyncio.gather(*(replica.pause(paused) for replica in serving))
 
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""

@@ -26,6 +26,8 @@ from ipc.messages import (
     Flush,
     Flushed,
     FrontMessage,
+    Pause,
+    Paused,
     Phase,
     Ready,
     Step,
@@ -112,7 +114,7 @@ class Replica:
         self._name = f"engine {plan.index}"
         self._life: EngineProcess | None = None
         self._down: str | None = f"{self._name} has not been started"  # None: it serves
-        self._flushes: dict[int, asyncio.Future[int]] = {}
+        self._asked: dict[int, asyncio.Future[int]] = {}  # what the engine has to answer yet
         self._numbers = itertools.count()
 
     @property
@@ -171,12 +173,17 @@ class Replica:
             if isinstance(message, Step):
                 on_step(message)
             elif isinstance(message, Flushed):
-                answer = self._flushes.pop(message.number)
-                if not answer.done():  # whoever asked may have given up
-                    answer.set_result(message.pages)
+                self._answered(message.number, message.pages)
+            elif isinstance(message, Paused):
+                self._answered(message.number, 0)
             elif isinstance(message, Failed):
                 return message.message
         return f"{self._name} {await life.how_it_ended()}"
+
+    def _answered(self, number: int, result: int) -> None:
+        answer = self._asked.pop(number)
+        if not answer.done():  # whoever asked may have given up
+            answer.set_result(result)
 
     def send(self, message: FrontMessage) -> None:
         """Send to the engine. Dropped where none serves, which `run` says."""
@@ -188,19 +195,28 @@ class Replica:
 
         Works while `run` does. Raises BackendFailed when no engine serves, or not until the answer.
         """
+        return await self._ask(Flush)
+
+    async def pause(self, paused: bool) -> None:
+        """Let the engine do no steps, or go on. It is so, and every earlier step has been handed
+        out, when this returns. Raises as `flush` does.
+        """
+        await self._ask(lambda number: Pause(number, paused))
+
+    async def _ask(self, question: Callable[[int], FrontMessage]) -> int:
         if self._down is not None:
             raise BackendFailed(self._down)
         number = next(self._numbers)
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._flushes[number] = answer
-        self.send(Flush(number))
+        self._asked[number] = answer
+        self.send(question(number))
         return await answer
 
     def _give_up(self, reason: str) -> None:
         """No engine serves from now on."""
         self._down = reason
-        flushes, self._flushes = self._flushes, {}
-        for answer in flushes.values():
+        asked, self._asked = self._asked, {}
+        for answer in asked.values():
             if not answer.done():
                 answer.set_exception(BackendFailed(reason))
 

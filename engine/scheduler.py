@@ -31,6 +31,7 @@ from backend.interface import (
     Submission,
     TokenLogprob,
 )
+from engine.constraints import Constraints
 from engine.sequence import Sequence
 
 HEADROOM_TOKENS = 64  # kept free at admission for the growth of each running sequence
@@ -80,6 +81,7 @@ class Scheduler:
         self._slots = list(range(executor.spec.max_running - 1, -1, -1))
         self._live: dict[str, Sequence] = {}  # until their finish has gone out
         self._news: list[Delta] = []  # what happened between two steps
+        self._constraints = Constraints(executor.spec)
         self._count = self._preemptions = self._steps = 0
 
     @property
@@ -100,6 +102,8 @@ class Scheduler:
             limit=len(submission.prompt) + submission.max_new_tokens,
             scored=bool(submission.received),  # they came with the first token
         )
+        if sampling.grammar is not None:
+            sequence = self._constraints.bind(sampling.grammar, sequence)
         self._count += 1
         self._live[submission.id] = sequence
         if submission.received and sequence.growth <= 0:
@@ -123,36 +127,61 @@ class Scheduler:
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         """Say that a sequence ended without a new token."""
         del self._live[sequence.submission.id]
-        self._news.append(Delta(sequence.submission.id, finish=finish, cached=sequence.report()))
+        self._news.append(
+            Delta(
+                sequence.submission.id,
+                finish=finish,
+                cached=sequence.report(),
+                work=sequence.work(),
+            )
+        )
 
     # Steps
 
     def advance(self, wait: float) -> StepOutput:
         """Plan and launch the next step, then settle the oldest one while the device works.
 
-        Never blocks for `wait`: with nothing in flight there is nothing to wait for. What happened
-        between two steps comes with the next call, also when that has no step to do.
+        Blocks for `wait` only where all that is left waits for a grammar to be compiled. What
+        happened between two steps comes with the next call, also when that has no step to do.
         """
         output = self._step()
         output.deltas[:0], self._news = self._news, []
+        if self._constraints and not (self._running or self._leaving or output.deltas):
+            self._constraints.wait(wait)
         output.entered, output.evicted = self.cache.events()
         return output
 
     def _step(self) -> StepOutput:
         """What the device did; not what happened between two steps."""
         draft = self._plan()
-        if draft.chunks:
-            plan = StepPlan(draft.chunks, draft.taken)
-            launched = time.monotonic()
-            handle = self.executor.launch(plan)
-            self._flights.append(Flight(plan, draft.sequences, handle, launched))
+        output = self._launch(draft) if draft.chunks else StepOutput()
         if self._flights and (not draft.chunks or len(self._flights) == self.spec.depth):
-            return self._settle(self._flights.popleft())
-        return StepOutput()
+            self._settle(self._flights.popleft(), output)
+        return output
+
+    def _launch(self, draft: Draft) -> StepOutput:
+        """Start a step. Where a grammar binds one of its rows, settle those ahead of it, while the
+        device works: what they brought decides what this one may draw.
+        """
+        bound = self._constraints.drawing(draft.chunks) if self._constraints else {}
+        plan = StepPlan(draft.chunks, draft.taken, tuple(bound))
+        launched = time.monotonic()
+        handle = self.executor.launch(plan)
+        output = StepOutput()
+        if bound:
+            while self._flights:
+                self._settle(self._flights.popleft(), output)
+            staying = {index: each for index, each in bound.items() if not each.leaving}
+            masks = {index: each.mask() for index, each in staying.items()}
+            self.executor.sample(handle, masks)
+        self._flights.append(Flight(plan, draft.sequences, handle, launched))
+        return output
 
     def _plan(self) -> Draft:
         draft = Draft(self.spec.max_step_tokens)
         self._expire(time.monotonic())
+        if self._constraints:
+            self._open_grammars()
         self._plan_decodes(draft)
         self._plan_prompts(draft)
         self._admit_waiting(draft)
@@ -163,6 +192,12 @@ class Scheduler:
         for sequence in [each for each in self._waiting if each.is_late(now)]:
             self._waiting.remove(sequence)
             self._finish(sequence, EXPIRED)
+
+    def _open_grammars(self) -> None:
+        """Let sequences start whose grammar has been compiled, and end those that have none."""
+        for sequence, finish in self._constraints.open_compiled(self._live):
+            self._waiting.remove(sequence)
+            self._finish(sequence, finish)
 
     def _plan_decodes(self, draft: Draft) -> None:
         index = 0  # not an iterator: the youngest, at the end of the list, may leave meanwhile
@@ -180,7 +215,8 @@ class Scheduler:
     def _admit_waiting(self, draft: Draft) -> None:
         """Start waiting sequences in order, while there are rows, pages and budget for them.
 
-        A sequence whose group has a prompt under way is passed over: it will lease those pages.
+        Passed over are a sequence whose group has a prompt under way, as it will lease those pages,
+        and one whose grammar is still compiled.
         """
         if not self._waiting:
             return
@@ -190,6 +226,8 @@ class Scheduler:
                 return
             group = sequence.submission.group
             if group is not None and group in under_way:
+                continue
+            if self._constraints and self._constraints.holds(sequence):
                 continue
             if not self._admit(sequence):
                 return
@@ -251,12 +289,16 @@ class Scheduler:
         if sequence.returns:
             self._waiting.appendleft(sequence)
 
-    def _settle(self, flight: Flight) -> StepOutput:
-        """Wait for a step and hand out what it brought."""
+    def _settle(self, flight: Flight, output: StepOutput) -> None:
+        """Wait for a step and put what it brought into `output`."""
         self._enter_prompts(flight)
         results = self.executor.collect(flight.handle)
         self._steps += 1
-        output = StepOutput([], flight.plan.tokens, time.monotonic() - flight.launched)
+        output.step_tokens += flight.plan.tokens
+        output.step_seconds += time.monotonic() - flight.launched
+        rows = len(flight.sequences)
+        for index, hidden in results.pooled.items():
+            flight.sequences[index].add_pooled(hidden)
         for index, (sequence, chunk) in enumerate(
             zip(flight.sequences, flight.plan.chunks, strict=True)
         ):
@@ -267,11 +309,12 @@ class Scheduler:
                 self._retire(sequence)
                 continue
             here.settled = chunk.start + chunk.count
+            sequence.steps += 1
+            sequence.rows += rows
             sequence.scores += results.scores.get(index, ())
             delta = self._take(sequence, results.tokens[index], results.logprobs.get(index, ()))
             if delta is not None:
                 output.deltas.append(delta)
-        return output
 
     def _enter_prompts(self, flight: Flight) -> None:
         """Enter the prompt pages of a step into the tree. Nothing is planned before it has settled,
@@ -289,11 +332,12 @@ class Scheduler:
         count, finish = sequence.append(tokens)
         self.cache.commit(sequence.here.lease, sequence.ids, sequence.here.settled)
         if not (count or finish):
-            return None
+            return sequence.progress()
         delta = Delta(sequence.submission.id, tokens[:count], finish, logprobs=logprobs[:count])
         if not sequence.reported:
             delta.cached, delta.prompt_logprobs = sequence.report(), sequence.report_scores()
         if finish:
+            delta.pooled, delta.work = sequence.report_pooled(), sequence.work()
             del self._live[sequence.submission.id]
             self._leave(sequence, returns=False)
         return delta
@@ -340,4 +384,5 @@ class Scheduler:
 
     def close(self) -> None:
         """Give back the device."""
+        self._constraints.close()
         self.executor.close()

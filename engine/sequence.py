@@ -10,7 +10,16 @@ from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 
 from backend.cache import Lease
-from backend.interface import Chunk, Finish, SlotSetup, Submission, TokenLogprob
+from backend.interface import (
+    Chunk,
+    Delta,
+    Finish,
+    Pooling,
+    SlotSetup,
+    Submission,
+    TokenLogprob,
+    Work,
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +55,11 @@ class Sequence:
     scores: list[TokenLogprob] = field(default_factory=list)
     leaving: bool = False  # ended or yielding: results of steps in flight are dropped
     returns: bool = False  # with leaving: goes back to the queue instead of ending
+    pooled: list[float] = field(default_factory=list)  # sum of the hidden states asked for
+    steps: int = 0  # settled, of those that it took part in
+    rows: int = 0  # of all these together
+    yields: int = 0
+    computed: int = 0  # prompt positions of earlier placements: see `Work`
 
     @property
     def here(self) -> Placement:
@@ -61,8 +75,10 @@ class Sequence:
     @property
     def match_limit(self) -> int:
         """Positions that a cache match may answer: the last known token is computed again, and so
-        are scored positions.
+        are scored positions, and those whose hidden states are wanted.
         """
+        if self.submission.wants.pooling == "mean":
+            return 0
         limit = len(self.ids) - 1
         return limit if self.score_from is None else min(limit, self.score_from)
 
@@ -102,14 +118,39 @@ class Sequence:
     def displace(self) -> Lease:
         """Stop running.
 
-        Returns the lease, for its owner to close; scores of an unfinished prompt are done again.
+        Returns the lease, for its owner to close; scores and sums of an unfinished prompt are done
+        again.
         """
         lease = self.here.lease
+        self.computed += self._computed_here
+        self.yields += self.returns
         self.placement = None
         self.leaving = False
+        self.pooled = []
         if not self.scored:
             self.scores = []
         return lease
+
+    @property
+    def _computed_here(self) -> int:
+        """Of the positions known at admission, those computed since."""
+        here = self.placement
+        return 0 if here is None else min(here.settled, here.prefill_end) - here.lease.shared
+
+    def work(self) -> Work:
+        """What it has taken so far."""
+        return Work(self.steps, self.rows, self.yields, self.computed + self._computed_here)
+
+    def progress(self) -> Delta | None:
+        """News of a prompt that goes on, for whoever asked for them."""
+        if not self.submission.wants.progress or self.here.settled >= self.here.prefill_end:
+            return None
+        return Delta(self.submission.id, prefilled=self.here.settled)
+
+    def add_pooled(self, hidden: Values[float]) -> None:
+        """Add the hidden states that a settled chunk brought."""
+        before = self.pooled or [0.0] * len(hidden)
+        self.pooled = [a + b for a, b in zip(before, hidden, strict=True)]
 
     def append(self, tokens: Values[int]) -> tuple[int, Finish | None]:
         """Take settled tokens up to the one that ends the answer.
@@ -138,6 +179,12 @@ class Sequence:
         scores, self.scores = self.scores, []
         self.scored = True
         return scores
+
+    def report_pooled(self) -> Values[float]:
+        """The vector of the whole prompt, if one was asked for."""
+        if self.submission.wants.pooling == "mean":
+            return [value / len(self.submission.prompt) for value in self.pooled]
+        return self.pooled
 
     def setup(self) -> SlotSetup:
         """What the device must know to sample for this sequence in its slot."""
@@ -185,9 +232,15 @@ class Sequence:
             top=self.submission.wants.top,
             score_start=score_start,
             targets=targets,
+            pools=self._pools(end),
         )
         self._mark_planned(chunk)
         return chunk
+
+    def _pools(self, end: int) -> Pooling | None:
+        """What is summed of a chunk up to `end`."""
+        pooling = self.submission.wants.pooling
+        return pooling if pooling != "last" or end == self.here.prefill_end else None
 
     def _unsent_pages(self) -> Values[int]:
         """Pages of the lease that the device does not know of yet; it does from now on."""

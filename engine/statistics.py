@@ -57,6 +57,20 @@ class Distribution:
         """Values up to each bound, and up to infinity."""
         return list(accumulate(self.counts))
 
+    def quantile(self, share: float) -> float | None:
+        """The value that `share` of all values (0 to 1) do not exceed; None: there was none.
+
+        Values are taken to lie evenly between two bounds, the first from 0 on. Those above every
+        bound count as the last one.
+        """
+        wanted = share * self.count
+        below, lower = 0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if count and below + count >= wanted:
+                return lower + (bound - lower) * (wanted - below) / count
+            below, lower = below + count, bound
+        return lower if self.count else None
+
 
 class Statistics:
     """The numbers of one server since it started. None of its totals ever goes down."""

@@ -25,7 +25,18 @@ from engine.log import start_log
 from engine.opening import open_backend
 from engine.parent_death import die_with_parent
 from engine.process_age import process_age
-from ipc.messages import Cancel, Failed, Flush, Flushed, Phase, Ready, Step, Submit
+from ipc.messages import (
+    Cancel,
+    Failed,
+    Flush,
+    Flushed,
+    Pause,
+    Paused,
+    Phase,
+    Ready,
+    Step,
+    Submit,
+)
 from ipc.zmq_data import FrontLink, remove_endpoint
 
 logger = logging.getLogger("engine.worker")  # as a program this module is called __main__
@@ -44,10 +55,12 @@ class Worker:
         self._refused: list[Delta] = []  # submissions that ended at once
         self._told: Load | None = None  # what the front knows
         self._at_rest = True
+        self._paused = False  # then messages are read, and no step is done
         self._takes: dict[type, Callable[[Any], None]] = {
             Submit: self._submit,
             Cancel: self._cancel,
             Flush: self._flush,
+            Pause: self._pause,
         }
 
     def run(self) -> None:
@@ -56,7 +69,8 @@ class Worker:
             self._wait()
             for message in self._link.receive():
                 self._takes[type(message)](message)
-            self._step()
+            if not self._paused:
+                self._step()
         self._link.send(Failed(self._engine.failure))
 
     def _wait(self) -> None:
@@ -64,7 +78,9 @@ class Worker:
         together with the inbox; one that works in `step` is not kept from it.
         """
         descriptor = self._engine.fileno()
-        if self._at_rest:
+        if self._paused:
+            self._link.poll(REST_WAIT_S)
+        elif self._at_rest:
             self._rest(descriptor)
         elif descriptor is not None:
             self._link.poll(DEADLINE_WAIT_S, descriptor)
@@ -89,6 +105,10 @@ class Worker:
 
     def _flush(self, message: Flush) -> None:
         self._link.send(Flushed(message.number, self._engine.flush()))
+
+    def _pause(self, message: Pause) -> None:
+        self._paused = message.paused
+        self._link.send(Paused(message.number))
 
     def _step(self) -> None:
         """Do a step and send what is new, be it the load alone: the front sees how work ends."""

@@ -1,7 +1,7 @@
 """What the front process and an engine process say to each other, and its one codec.
 
-    front -> engine   Submit | Cancel | Flush
-    engine -> front   Phase ... Ready | Failed, then Step | Flushed
+    front -> engine   Submit | Cancel | Flush | Pause
+    engine -> front   Phase ... Ready | Failed, then Step | Flushed | Paused
 
 One message a step, however many sequences it brought news of: parallel lists, with what is rare
 (a finish, the cached count, log-probabilities) beside them by index. MessagePack by msgspec.
@@ -22,6 +22,7 @@ from backend.interface import (
     StepOutput,
     Submission,
     TokenLogprob,
+    Work,
 )
 
 
@@ -41,6 +42,13 @@ class Flush(msgspec.Struct, tag="flush", array_like=True, frozen=True):
     """Give up every cached prefix that is not in use. Answered by `Flushed` with its number."""
 
     number: int
+
+
+class Pause(msgspec.Struct, tag="pause", array_like=True, frozen=True):
+    """Do no step until told to go on (`paused` false). Answered by `Paused` with its number."""
+
+    number: int
+    paused: bool
 
 
 class Phase(msgspec.Struct, tag="phase", array_like=True, frozen=True):
@@ -69,13 +77,22 @@ class Flushed(msgspec.Struct, tag="flushed", array_like=True, frozen=True):
     pages: int
 
 
+class Paused(msgspec.Struct, tag="paused", array_like=True, frozen=True):
+    """What a `Pause` asked for is so: every step that was done has been told."""
+
+    number: int
+
+
 class Step(msgspec.Struct, tag="step", array_like=True, frozen=True):
     """What one step brought, or what was decided between two steps."""
 
     ids: Sequence[str]  # one for each delta
     counts: Sequence[int]  # tokens of each delta; empty: one each
     tokens: Sequence[int]  # of all deltas, in order
-    finishes: Sequence[tuple[int, Finish]]  # (index of the delta, ...), as are the next three
+    finishes: Sequence[tuple[int, Finish]]  # (index of the delta, ...), as are the next six
+    work: Sequence[tuple[int, Work]]
+    pooled: Sequence[tuple[int, Sequence[float]]]
+    prefilled: Sequence[tuple[int, int]]
     cached: Sequence[tuple[int, int]]
     logprobs: Sequence[tuple[int, Sequence[TokenLogprob]]]
     prompt_logprobs: Sequence[tuple[int, Sequence[TokenLogprob]]]
@@ -90,11 +107,16 @@ class Step(msgspec.Struct, tag="step", array_like=True, frozen=True):
         """The wire form of a step's output."""
         deltas = output.deltas
         counts = [len(delta.tokens) for delta in deltas]
+        plain = all(count == 1 for count in counts)
+        ends = [(i, each) for i, each in enumerate(deltas) if each.finish]
         return Step(
             ids=[delta.id for delta in deltas],
-            counts=[] if all(count == 1 for count in counts) else counts,
+            counts=[] if plain else counts,
             tokens=[token for delta in deltas for token in delta.tokens],
-            finishes=[(i, each.finish) for i, each in enumerate(deltas) if each.finish],
+            finishes=[(i, each.finish) for i, each in ends if each.finish],
+            work=[(i, each.work) for i, each in ends if each.work],
+            pooled=[(i, each.pooled) for i, each in ends if each.pooled],
+            prefilled=[] if plain else _prefilled(deltas),
             cached=[(i, each.cached) for i, each in enumerate(deltas) if each.cached is not None],
             logprobs=[(i, each.logprobs) for i, each in enumerate(deltas) if each.logprobs],
             prompt_logprobs=[
@@ -112,6 +134,12 @@ class Step(msgspec.Struct, tag="step", array_like=True, frozen=True):
         deltas = [Delta(id, tokens) for id, tokens in zip(self.ids, self._tokens(), strict=True)]
         for index, finish in self.finishes:
             deltas[index].finish = finish
+        for index, work in self.work:
+            deltas[index].work = work
+        for index, pooled in self.pooled:
+            deltas[index].pooled = pooled
+        for index, positions in self.prefilled:
+            deltas[index].prefilled = positions
         for index, count in self.cached:
             deltas[index].cached = count
         for index, logprobs in self.logprobs:
@@ -130,8 +158,13 @@ class Step(msgspec.Struct, tag="step", array_like=True, frozen=True):
             start += count
 
 
-FrontMessage: TypeAlias = Submit | Cancel | Flush
-EngineMessage: TypeAlias = Phase | Ready | Failed | Step | Flushed
+def _prefilled(deltas: Sequence[Delta]) -> list[tuple[int, int]]:
+    """Of prompts that go on: news without a token, so there are none in a step of decodes."""
+    return [(i, each.prefilled) for i, each in enumerate(deltas) if each.prefilled is not None]
+
+
+FrontMessage: TypeAlias = Submit | Cancel | Flush | Pause
+EngineMessage: TypeAlias = Phase | Ready | Failed | Step | Flushed | Paused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_front = msgspec.msgpack.Decoder(FrontMessage).decode

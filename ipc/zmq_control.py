@@ -211,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         "--wait", type=_seconds, nargs="?", const=DRAIN_WAIT_S, metavar="S", help="for the end"
     )
     verb("resume", "accept requests again")
+    pause = verb("pause", "generate nothing until continue")
+    pause.add_argument("--mode", choices=("abort", "in_place"), help="default: abort")
+    verb("continue", "generate again")
     abort = verb("abort", "end requests")
     whose = abort.add_mutually_exclusive_group(required=True)
     whose.add_argument("--id", help="of one request")

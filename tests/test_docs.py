@@ -13,11 +13,23 @@ import pytest
 
 PAGES = [
     "README.md",
+    "docs/anthropic.md",
     "docs/api.md",
     "docs/architecture.md",
+    "docs/batch.md",
     "docs/benchmarks.md",
+    "docs/cache_explain.md",
     "docs/configuration.md",
+    "docs/clients.md",
+    "docs/embeddings_and_scores.md",
+    "docs/generate.md",
+    "docs/openai.md",
     "docs/operations.md",
+    "docs/page.md",
+    "docs/receipts_and_waiting.md",
+    "docs/responses.md",
+    "docs/structured_output.md",
+    "docs/tools_and_reasoning.md",
 ]
 BUILT = ("models/", ".venv")  # made by make, not by us
 

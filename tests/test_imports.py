@@ -31,6 +31,7 @@ WITHOUT_TORCH = (
     "ipc.messages",
     "ipc.zmq_data",
     "ipc.zmq_control",
+    "api.batch",
     "api.server",
     "server_bench",
 )

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+PAGE = "api/static"  # files that are no modules
 LOADED_BY_NAME = {"uvicorn", "uvloop", "httptools", "watchfiles"}  # the server, and what it uses
 
 
@@ -44,6 +45,7 @@ def wheel(root: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFact
         shutil.copy(root / path, copy / path)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, copy / name)
+    shutil.copytree(root / PAGE, copy / PAGE)
     out = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(out), str(copy)], check=True)
@@ -71,6 +73,13 @@ def test_the_wheel_holds_every_module_of_the_tree(sources: list[Path], wheel: Pa
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.endswith(".py")}
     assert inside == {path.as_posix() for path in sources}
+
+
+def test_the_wheel_holds_the_page(root: Path, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {each: archive.read(each) for each in archive.namelist() if each.startswith(PAGE)}
+    there = {path.relative_to(root).as_posix(): path for path in (root / PAGE).iterdir()}
+    assert inside == {name: path.read_bytes() for name, path in there.items()}
 
 
 def test_the_wheel_carries_the_license(root: Path, wheel: Path) -> None:

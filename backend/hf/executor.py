@@ -7,7 +7,7 @@ one before it where they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,23 +22,36 @@ from backend.hf.decode_graphs import DecodeGraphs
 from backend.hf.models import CausalModel
 from backend.hf.models.decoder import Decoder
 from backend.hf.page_tables import PageTables
+from backend.hf.pooling import pool
 from backend.hf.prompt_graphs import PromptGraphs
-from backend.hf.sampling import PendingScores, Scorer, open_sampler
+from backend.hf.sampling import NO_MASKS, PendingScores, Scorer, open_sampler
 from backend.hf.transfer import to_device, to_host
-from backend.interface import BackendSpec, Chunk, DeviceLost, StepPlan, StepTokens, first_line
+from backend.interface import (
+    BackendSpec,
+    Chunk,
+    DeviceLost,
+    StepPlan,
+    StepTokens,
+    TokenMask,
+    first_line,
+)
 
 HEAD_ROWS = 256  # logits of scored prompts are made in slices of this many rows
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Drawn:
-    """Tokens of some rows and the logits they came from, on the device; good until the next step.
+class Undrawn:
+    """Rows that are to draw a token, and their logits on the device; good until the next step.
 
-    `tokens` [rows] int64, `logits` [rows, vocabulary] float32, raw.
+    `logits` [rows, vocabulary] float32, raw. `tokens` [rows] int64: what a graph has drawn from
+    them, as if nothing edited them; None: nothing is drawn yet.
     """
 
-    tokens: Tensor
+    chunks: Sequence[Chunk]
+    slots: list[int]
+    positions: list[int]  # of the tokens
     logits: Tensor
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,6 +72,8 @@ class InFlight:
     tokens: Tensor | None = None  # [sampling] int64 on the host
     logprobs: Pending | None = None  # of the tokens drawn
     scores: list[Pending] = field(default_factory=list)  # of prompts
+    pooled: dict[int, Tensor] = field(default_factory=dict)  # [hidden], by index of the chunk
+    undrawn: Undrawn | None = None  # until `sample`
     done: torch.cuda.Event | None = None
 
     def wait(self) -> None:
@@ -78,6 +93,7 @@ class InFlight:
         ]:
             for index, found in zip(pending.owners, pending.scores.read(pending.tops), strict=True):
                 into.setdefault(index, []).append(found)
+        result.pooled = {index: hidden.tolist() for index, hidden in self.pooled.items()}
         return result
 
 
@@ -162,13 +178,39 @@ class HfExecutor:
         flight = InFlight(len(plan.chunks), sampling)
         sampled = [plan.chunks[index] for index in sampling]
         decodes_only = plan.chunks[-1].tokens is None
-        drawn = self._decode(sampled) if decodes_only else self._forward(plan, sampled, flight)
-        if drawn is not None:
-            self._finish(drawn, sampled, flight)
+        undrawn = self._decode(sampled) if decodes_only else self._forward(plan, sampled, flight)
+        if plan.masked:
+            flight.undrawn = undrawn
+        else:
+            self._end(flight, undrawn, NO_MASKS)
+        return flight
+
+    @torch.inference_mode()
+    def sample(self, handle: InFlight, masks: Mapping[int, TokenMask]) -> None:
+        """Draw the tokens of a step that was launched with masked chunks."""
+        undrawn, handle.undrawn = handle.undrawn, None
+        rows = {row: masks[index] for row, index in enumerate(handle.sampling) if index in masks}
+        with device_errors():
+            self._end(handle, undrawn, rows)
+
+    def _end(
+        self, flight: InFlight, undrawn: Undrawn | None, masks: Mapping[int, TokenMask]
+    ) -> None:
+        """Draw, by the `masks` of rows, and send everything to the host."""
+        if undrawn is not None:
+            self._finish(undrawn, self._draw(undrawn, masks), flight)
         if self.spec.device == "cuda":
             flight.done = torch.cuda.Event()
             flight.done.record()
-        return flight
+
+    def _draw(self, undrawn: Undrawn, masks: Mapping[int, TokenMask]) -> Tensor:
+        """Tokens [rows] int64; they are in their slots, too."""
+        logits, tokens = undrawn.logits, undrawn.tokens
+        slots, positions = undrawn.slots, undrawn.positions
+        if tokens is None:
+            return self._sampler.sample(logits, slots, positions, masks)
+        self._sampler.redraw(logits, tokens, slots, positions, masks)
+        return tokens
 
     def collect(self, handle: InFlight) -> StepTokens:
         """Wait for the step. Raises DeviceLost."""
@@ -184,7 +226,7 @@ class HfExecutor:
     def close(self) -> None:
         """Nothing to give back: tensors go with their owner."""
 
-    def _decode(self, chunks: Sequence[Chunk]) -> Drawn:
+    def _decode(self, chunks: Sequence[Chunk]) -> Undrawn:
         """A step of decodes alone."""
         slots = [chunk.slot for chunk in chunks]
         starts = [chunk.start for chunk in chunks]
@@ -192,12 +234,11 @@ class HfExecutor:
         found = None if self._graphs is None else self._graphs.decodes.run(slots, starts)
         if found is not None:
             tokens, logits = found
-            self._sampler.redraw(logits, tokens, slots, positions)
-            return Drawn(tokens, logits)
+            return Undrawn(chunks, slots, positions, logits, tokens)
         sent = to_device([slots, starts], self.spec.device)
         batch = self._tables.decodes(sent[0], sent[1], max(positions), self._states.last_token)
         logits = self._model.logits(self._model.hidden(batch, self._attention))
-        return Drawn(self._sampler.sample(logits, slots, positions), logits)
+        return Undrawn(chunks, slots, positions, logits)
 
     def _decode_any_length(self, slots: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
         """A step of decodes for a graph: see `decode_graphs.Decode`."""
@@ -206,11 +247,14 @@ class HfExecutor:
         self._model.logits(self._model.hidden(batch, self._attention), out=logits)
         return self._sampler.draw(logits, slots, positions + 1, ())
 
-    def _forward(self, plan: StepPlan, sampled: Sequence[Chunk], flight: InFlight) -> Drawn | None:
+    def _forward(
+        self, plan: StepPlan, sampled: Sequence[Chunk], flight: InFlight
+    ) -> Undrawn | None:
         """A mixed step; scores of prompts go into `flight`. None: no chunk draws."""
         batch = self._tables.batch(plan.chunks, self._states.last_token)
         hidden = self._hidden(batch)
         flight.scores += self._score(plan, hidden)
+        flight.pooled = pool(plan.chunks, hidden)
         if not sampled:
             return None
         ends, offset = [], 0
@@ -221,25 +265,26 @@ class HfExecutor:
         slots = [chunk.slot for chunk in sampled]
         positions = [chunk.start + chunk.count for chunk in sampled]
         logits = self._model.logits(hidden.index_select(0, to_device(ends, self.spec.device)))
-        return Drawn(self._sampler.sample(logits, slots, positions), logits)
+        return Undrawn(sampled, slots, positions, logits)
 
     def _hidden(self, batch: ForwardBatch) -> Tensor:
         """Final hidden states of a mixed step, [tokens, hidden]."""
         found = None if self._graphs is None else self._graphs.prompts.hidden(batch)
         return self._model.hidden(batch, self._attention) if found is None else found
 
-    def _finish(self, drawn: Drawn, chunks: Sequence[Chunk], flight: InFlight) -> None:
+    def _finish(self, undrawn: Undrawn, tokens: Tensor, flight: InFlight) -> None:
         """Score what is asked for, and send all to the host."""
+        chunks = undrawn.chunks
         asking = [row for row, chunk in enumerate(chunks) if chunk.logprobs]
         if asking:
             rows = to_device(asking, self.spec.device)
             tops = [chunks[row].top for row in asking]
             scores = self._scorer.start(
-                drawn.logits.index_select(0, rows), drawn.tokens.index_select(0, rows), max(tops)
+                undrawn.logits.index_select(0, rows), tokens.index_select(0, rows), max(tops)
             )
             owners = [flight.sampling[row] for row in asking]
             flight.logprobs = Pending(scores, tops, owners)
-        flight.tokens = to_host(drawn.tokens)
+        flight.tokens = to_host(tokens)
 
     def _score(self, plan: StepPlan, hidden: Tensor) -> Iterator[Pending]:
         """Log-probabilities of the targets of each chunk that has some."""

@@ -114,6 +114,7 @@ def _spec(settings: BackendSettings, loaded: Loaded, pages: int) -> BackendSpec:
         parameters=loaded.model.parameters,
         weight_bytes=loaded.model.weight_bytes,
         kv_bytes_per_token=loaded.kv_bytes,
+        pools=True,
     )
 
 

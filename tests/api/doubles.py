@@ -12,7 +12,7 @@ from backend.interface import BackendSpec, Finish, Load, SamplingParams, Submiss
 from config import ServerSettings, Settings
 from engine.dispatcher import Limits
 from engine.live_request import LiveRequest
-from engine.multi_device import EnginePool, PoolState, ReplicaStatus
+from engine.multi_device import EnginePool, PauseMode, PoolState, ReplicaStatus
 from engine.statistics import Statistics
 from engine.supervisor import ReplicaState
 
@@ -64,6 +64,7 @@ class ScriptedPool:
     statistics: Statistics = field(default_factory=lambda: Statistics(window=50))
     answer: Finish | None = field(default_factory=lambda: Finish("length"))  # None: none ever comes
     refusal: Exception | None = None  # what `submit` raises
+    paused: bool = False
     hangs: bool = False  # what is waited for never ends
     live: list[LiveRequest] = field(default_factory=list)
     asked: list[tuple[object, ...]] = field(default_factory=list)
@@ -115,6 +116,13 @@ class ScriptedPool:
         if self.hangs:
             await asyncio.Event().wait()
         return 5
+
+    async def pause(self, mode: PauseMode) -> int:
+        self.paused = True
+        return self.abort() if mode == "abort" else 0
+
+    async def go_on(self) -> None:
+        self.paused = False
 
     def drain(self) -> None:
         self.state = "draining"

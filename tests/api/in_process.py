@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from fastapi import APIRouter, FastAPI
 
 from api.errors import answer_errors
 from api.service import Service
-from backend.fake import BYTE_END, BYTE_VOCABULARY, CONSONANTS, VOWELS, FakeModel
+from backend.fake_model import BYTE_END, BYTE_VOCABULARY, CONSONANTS, VOWELS, FakeModel
 from backend.interface import (
     BackendSpec,
     EngineError,
@@ -33,6 +34,7 @@ from backend.interface import (
     Unavailable,
 )
 from config import Settings, read_settings
+from engine.cache_history import CacheHistory, Explanation, Question
 from engine.engine import Engine
 from engine.live_request import LiveRequest
 from engine.multi_device import EnginePool, PoolState
@@ -50,7 +52,9 @@ class PoolInProcess:
         self.warnings: list[str] = []  # what `submit` returns
         self.submitted: list[LiveRequest] = []  # everything, in order
         self.failed = False  # the engine, for good
+        self.paused = False  # as it is for good
         self._live: dict[str, LiveRequest] = {}
+        self._history = CacheHistory()
         self._driver: asyncio.Task[None] | None = None
 
     @property
@@ -83,6 +87,8 @@ class PoolInProcess:
                     self.engine.cancel(earlier.id)
                 raise
         self._live |= {request.id: request for request in requests}
+        for request in requests:
+            request.replica = 0
         self.submitted += requests
         if self._driver is None or self._driver.done():
             self._driver = asyncio.get_running_loop().create_task(self._drive())
@@ -104,6 +110,16 @@ class PoolInProcess:
             self.end(live, Finish("abort"))
             live.notify(live)
         return len(found)
+
+    def place_of(self, request: LiveRequest) -> tuple[int, float] | None:
+        return None
+
+    async def explain(
+        self, owner: str, namespace: str, ids: Sequence[int]
+    ) -> Sequence[Explanation]:
+        now = time.monotonic()
+        question = Question(owner, namespace, tuple(ids), self.spec.page_tokens, now)
+        return await self._history.explain(question, [0])
 
     def drain(self) -> None:
         self.state = "draining"
@@ -128,10 +144,17 @@ class PoolInProcess:
             await asyncio.sleep(0)
 
     def _deliver(self, output: StepOutput) -> None:
+        self._history.told(0, output.entered, output.evicted, time.monotonic())
         for delta in output.deltas:
             live = self._live.get(delta.id)
             if live is None:
                 continue
+            if delta.prefilled is not None:
+                live.prefilled = delta.prefilled
+                continue
+            if delta.cached is not None:
+                self._history.computed(live)
+            live.pooled, live.work = delta.pooled, delta.work
             live.received += delta.tokens
             live.logprobs += delta.logprobs
             live.prompt_logprobs += delta.prompt_logprobs

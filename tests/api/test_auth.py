@@ -40,7 +40,7 @@ def client(keys: Keys, host: str = ELSEWHERE, root_path: str = "") -> TestClient
     for path in ("/health", "/health/ready", "/health_generate", "/metrics", "/v1/models"):
         app.get(path)(owner)
     app.post("/control")(admin)
-    app.add_exception_handler(ApiError, lambda _, error: api_error(error).response())
+    app.add_exception_handler(ApiError, lambda r, error: api_error(error).response(r.scope))
     return TestClient(app, client=(host, 50000), root_path=root_path)
 
 
@@ -117,6 +117,11 @@ def test_probes_and_scrapers_need_no_key(path: str) -> None:
     assert client(keys("one")).get(path).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/static/page.js"])
+def test_the_page_is_the_same_for_everybody(path: str) -> None:
+    assert client(keys("one")).get(path).status_code == 404  # not there, in this app
+
+
 @pytest.mark.parametrize("path", ["/health", "/metrics"])
 def test_probes_need_no_key_below_a_prefix_either(path: str) -> None:
     assert client(keys("one"), root_path="/model").get(f"/model{path}").status_code == 200
@@ -125,14 +130,14 @@ def test_probes_need_no_key_below_a_prefix_either(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
         "/v1/models",
+        "/v1/messages",
         "/health_generate",
         "/healthy",
         "/metrics/",
         "/nothing",
         "/docs",
-        "//health",
+        "http://testserver//health",
     ],
 )
 def test_everything_else_needs_one_also_what_does_not_exist(path: str) -> None:

@@ -167,10 +167,10 @@ def test_text_parts_are_put_together_as_they_are() -> None:
 
 
 def test_a_developer_speaks_as_the_system_and_the_other_roles_as_themselves() -> None:
-    roles = ("developer", "system", "user", "assistant", "tool")
+    roles = ("developer", "system", "user", "assistant")
     messages = [{"role": role, "content": "x"} for role in roles]
     seen = prompt_of({"messages": messages, "add_generation_prompt": False})
-    shown = ("system", "system", "user", "assistant", "tool")
+    shown = ("system", "system", "user", "assistant")
     assert seen == "".join(f"<|im_start|>{role}\nx<|im_end|>\n" for role in shown)
 
 
@@ -186,7 +186,8 @@ def test_the_template_gets_names_reasoning_and_the_variables_of_the_client(
     small_model: Path, tmp_path: Path
 ) -> None:
     template = (
-        "{% for m in messages %}{{ m.name }}:{{ m.tool_call_id }}:{{ m.reasoning_content }}:"
+        "{% if tools %}{% endif %}{% for m in messages %}"
+        "{{ m.name }}:{{ m.tool_call_id }}:{{ m.reasoning_content }}:"
         "{{ m.content }};{% endfor %}{{ enable_thinking }} {{ add_generation_prompt }}"
     )
     folder = template_folder(tmp_path, small_model, template)

@@ -45,6 +45,17 @@ def test_health_says_whether_it_serves_and_why_not() -> None:
     assert "draining" in answer["reason"]
 
 
+def test_a_pause_says_what_it_ended_and_continue_what_there_is_to_do() -> None:
+    pool = ScriptedPool(live=[live("a"), live("b")], waiting=1)
+    answer = run(pool, {"cmd": "pause", "mode": "in_place"})
+    assert (answer["ok"], answer["aborted"], pool.paused) == (True, 0, True)
+    assert run(pool, {"cmd": "pause"})["aborted"] == 2
+    assert run(pool, {"cmd": "pause"})["aborted"] == 0
+    answer = run(pool, {"cmd": "continue"})
+    assert (answer["ok"], answer["waiting"], pool.paused) == (True, 1, False)
+    assert run(pool, {"cmd": "pause", "mode": "retract"})["error"] == "invalid_argument"
+
+
 def test_warm_runs_steps_on_every_replica() -> None:
     pool = ScriptedPool(replicas=[replica(0), replica(1)])
     answer = run(pool, {"cmd": "warm", "tokens": 8})

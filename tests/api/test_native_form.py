@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from api.generate import router
-from backend.fake import BYTE_END
+from backend.fake_model import BYTE_END
 from backend.interface import SamplingParams
 from backend.tokenizer import ByteTokenizer
 from tests.api.in_process import MODEL, Server, post, run

@@ -159,6 +159,24 @@ def test_stats_count_the_pages_of_every_engine() -> None:
     assert "ttft_ms" in answer["averages"]
 
 
+def test_stats_have_percentiles_and_totals_since_the_start() -> None:
+    pool = ScriptedPool()
+    before = ready(pool).get("/stats").json()
+    nothing = {"p50": None, "p90": None, "p99": None}
+    assert before["latency_ms"] == dict.fromkeys(("ttft", "itl", "e2e", "queue"), nothing)
+    seen = pool.statistics
+    seen.requests["stop"], seen.requests_accepted, seen.generated_tokens = 2, 3, 40
+    seen.rejected("queue_full")
+    seen.time_to_first_token.add(0.1, 100)
+    stats = ready(pool).get("/stats").json()
+    assert stats["totals"]["requests"] == {"stop": 2, "length": 0, "abort": 0, "error": 0}
+    assert [stats["totals"][name] for name in ("accepted", "rejected")] == [3, 1]
+    assert stats["totals"]["generated_tokens"] == 40
+    first = stats["latency_ms"]["ttft"]
+    assert 70 <= first["p50"] <= first["p90"] <= first["p99"] <= 100
+    assert stats["uptime_s"] >= 0
+
+
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
 def test_model_info_has_the_names_that_clients_know_and_ours(path: str) -> None:
     answer = ready(MODEL_ALIAS="small").get(path).json()
@@ -198,7 +216,7 @@ def test_what_needs_a_model_is_a_503_until_then(path: str) -> None:
 def test_the_cache_is_flushed(method: str) -> None:
     pool = ScriptedPool()
     assert ready(pool).request(method, "/flush_cache").json() == {"ok": True, "pages": 5}
-    assert pool.asked == [("flush",)]
+    assert pool.asked == [("drained", 0.0), ("flush",)]
 
 
 def test_requests_are_aborted_by_id_and_all() -> None:

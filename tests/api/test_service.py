@@ -19,6 +19,7 @@ from api.sampling_fields import SamplingDefaults
 from api.service import Model, Service, new_id, owner_of
 from backend.interface import BackendSpec, RequestRefused, StartFailed, TooLong, Unavailable
 from backend.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
+from config import DialectSettings
 from engine.multi_device import EnginePool
 from tests.api.doubles import SPEC
 from tests.api.hand_fed import HandFedPool, ask
@@ -94,10 +95,10 @@ def test_a_model_goes_by_its_alias_its_name_and_its_folder(tmp_path: Path) -> No
     folder = tmp_path / "tiny"
     folder.mkdir()
     spec = replace(SPEC, folder=str(folder))
-    assert Model.open(spec, "pet").names == ("pet", "scripted", "tiny")
-    assert Model.open(spec, None).names == ("scripted", "tiny")
-    assert Model.open(spec, "tiny").names == ("tiny", "scripted")
-    assert Model.open(SPEC, None).names == ("scripted",)
+    assert Model.open(spec, "pet", DialectSettings()).names == ("pet", "scripted", "tiny")
+    assert Model.open(spec, None, DialectSettings()).names == ("scripted", "tiny")
+    assert Model.open(spec, "tiny", DialectSettings()).names == ("tiny", "scripted")
+    assert Model.open(SPEC, None, DialectSettings()).names == ("scripted",)
 
 
 def test_any_other_name_is_not_found() -> None:
@@ -114,10 +115,10 @@ def test_any_other_name_is_not_found() -> None:
 
 def test_a_model_folder_brings_its_own_defaults_and_no_tokenizer_means_ids(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "top_k": 7}))
-    model = Model.open(replace(SPEC, folder=str(tmp_path)), None)
+    model = Model.open(replace(SPEC, folder=str(tmp_path)), None, DialectSettings())
     assert model.defaults == SamplingDefaults(temperature=0.5, top_k=7)
     assert isinstance(model.tokenizer, IdTokenizer)
-    assert Model.open(SPEC, None).defaults == SamplingDefaults()
+    assert Model.open(SPEC, None, DialectSettings()).defaults == SamplingDefaults()
 
 
 # Prompts
@@ -170,8 +171,9 @@ def test_a_conversation_gets_no_special_tokens_but_those_of_its_template() -> No
     assert threading.get_ident() not in tokenizer.threads
 
 
-def test_tools_and_options_reach_the_template() -> None:
-    service = serving()
+def test_tools_and_options_reach_a_template_that_knows_them() -> None:
+    with patch.object(ByteTokenizer, "template_text", "{{ tools }}"):
+        service = serving()
     with patch.object(ByteTokenizer, "render", return_value="x") as render:
         tools = [{"name": "search"}]
         options = {"enable_thinking": False}
@@ -179,6 +181,12 @@ def test_tools_and_options_reach_the_template() -> None:
     render.assert_called_once_with(
         [], tools=tools, add_generation_prompt=True, enable_thinking=False
     )
+
+
+def test_tools_are_told_in_words_where_the_template_knows_none() -> None:
+    messages = [{"role": "user", "content": "Go."}]
+    ids = run(serving().encode_chat(messages, tools=[{"name": "search"}]))
+    assert b'<tools>\n{"name": "search"}\n</tools>' in bytes(id for id in ids if id < 256)
 
 
 @pytest.mark.parametrize("text", [HUGE, "a" * (ROOM + 1), "好" * (ROOM + 1)])

@@ -13,7 +13,7 @@ import pytest
 
 from api.generate import router
 from api.sglang_form import SAMPLING_UNSERVED, UNSERVED
-from backend.fake import FakeModel
+from backend.fake_model import FakeModel
 from backend.interface import SamplingParams, TokenLogprob
 from backend.tokenizer import ByteTokenizer
 from tests.api.in_process import MODEL, Server, post, refusal, run

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from backend.fake import FakeExecutor, FakeModel, Row, draw, open_backend, uniform, weigh
+from backend.fake import FakeExecutor, open_backend
+from backend.fake_model import FakeModel, Row, draw, uniform, weigh
 from backend.interface import (
     Chunk,
     DeviceLost,

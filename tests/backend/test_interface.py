@@ -12,6 +12,7 @@ from hypothesis import given, strategies as st
 from backend.interface import (
     MAX_TOP_LOGPROBS,
     BackendSpec,
+    Grammar,
     NeverFits,
     RequestRefused,
     SamplingParams,
@@ -206,11 +207,14 @@ SAMPLING_BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "min_new_tokens": ([0, 1, 10**9], NO_COUNTS),
     "stop_token_ids": ([(), (1, 2)], []),  # ids are checked against the vocabulary
     "ignore_eos": ([False, True], []),
+    "grammar": ([None, Grammar("regex", "a")], ["a", {"kind": "regex", "text": "a"}]),
 }
 WANTS_BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "logprobs": ([False, True], []),
     "prompt_logprobs_from": ([None, 0, 10**9], NO_COUNTS),
     "top": ([0], [1, MAX_TOP_LOGPROBS + 1, *NO_COUNTS]),  # alone there is nothing to be on top of
+    "pooling": ([None, "mean", "last"], ["first", "", 1]),
+    "progress": ([False, True], []),
 }
 PUBLIC_NAMES = {"top": "top_logprobs"}  # what clients call it
 
@@ -270,3 +274,13 @@ def test_the_least_length_is_at_most_the_length_and_the_refusal_names_both() -> 
 def test_a_penalty_that_is_not_neutral_is_seen(name: str) -> None:
     assert not SamplingParams(temperature=1.0, logit_bias=((1, 1.0),)).penalised
     assert SamplingParams(**{name: 0.5}).penalised  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("xml", "a"), ("regex", ""), ("regex", "a" * (1 << 18) + "b"), ("lark", 3)]
+)
+def test_a_grammar_of_no_kind_or_of_no_bounded_text_is_refused(kind: Any, text: Any) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        Grammar(kind, text)
+    assert str(refused.value).startswith("grammar must be ")
+    assert len(str(refused.value)) < 100

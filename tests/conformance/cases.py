@@ -62,6 +62,20 @@ def save_tiny_model(family: str, folder: Path) -> None:
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.generation_config.eos_token_id = END
     model.save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """Each id above the special tokens is a printable character of ASCII."""
+    import tokenizers
+
+    characters = [chr(code) for code in range(ord("!"), ord("!") + VOCABULARY - 4)]
+    specials = ["<unk>", "<s>", "<pad>", "</s>"]
+    vocabulary = {token: id for id, token in enumerate([*specials, *characters])}
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    found.decoder = tokenizers.decoders.ByteLevel()
+    found.add_special_tokens(specials)
+    found.save(str(folder / "tokenizer.json"))
 
 
 BACKENDS: dict[str, Callable[[Path], BackendSettings]] = {

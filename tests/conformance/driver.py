@@ -16,10 +16,16 @@ class Answer:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     finishes: list[Finish] = field(default_factory=list)
+    pooled: list[float] = field(default_factory=list)
+    prefilled: list[int] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         """Take news, and see that they come when they may."""
         assert not self.finishes, "news of an ended sequence"
+        if delta.prefilled is not None:
+            assert not self.cached, "the prompt goes on"
+            self.prefilled.append(delta.prefilled)
+            return
         assert (delta.cached is None) == bool(self.cached), "cached comes once, with the first"
         assert delta.tokens or delta.finish, "a delta says nothing"
         assert not (delta.prompt_logprobs and self.tokens), "scores come with the first token"
@@ -28,6 +34,7 @@ class Answer:
         self.prompt_logprobs += delta.prompt_logprobs
         self.cached += [] if delta.cached is None else [delta.cached]
         self.finishes += [] if delta.finish is None else [delta.finish]
+        self.pooled += delta.pooled
 
 
 class Driver:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
 
-from backend.interface import Finish, RequestRefused, SamplingParams, Wants
-from tests.conformance.cases import PLAIN, PROMPTS, SAMPLINGS, ask
+from backend.interface import Finish, Grammar, RequestRefused, SamplingParams, Wants
+from backend.tokenizer import open_tokenizer
+from tests.conformance.cases import PLAIN, PROMPTS, SAMPLINGS, ask, varied
 from tests.conformance.driver import Driver
 
 
@@ -112,9 +114,41 @@ def ignore_eos(driver: Driver) -> None:
     assert (ended.tokens, ended.finishes) == ([end], [Finish("stop", matched=end)])
 
 
+def grammar(driver: Driver) -> None:
+    """It binds any sampling, and nobody else in the batch."""
+    pattern, end = "(ab|ba){3}[cd]{2}", driver.spec.stop_ids[0]
+    bytes_of = open_tokenizer(driver.spec.folder, driver.spec.vocabulary).bytes_of
+    alone = [answer.tokens for answer in driver.run(*varied())]
+    bound = [
+        ask(f"bound {id}", prompt, replace(sampling, grammar=Grammar("regex", pattern)), seed=id)
+        for id, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True))
+    ]
+    mixed = [each for pair in zip(varied(), bound, strict=True) for each in pair]
+    found = driver.run(*mixed)
+    assert [answer.tokens for answer in found[::2]] == alone
+    for answer in found[1::2]:
+        assert re.fullmatch(pattern, b"".join(map(bytes_of, answer.tokens)).decode())
+        assert answer.finishes == [Finish("stop")]
+    # the same ones alone
+    for one, other in zip(bound, found[1::2], strict=True):
+        assert driver.run(one)[0].tokens == other.tokens
+    (cut,) = driver.run(replace(bound[0], sampling=replace(bound[0].sampling, max_new_tokens=3)))
+    assert (len(cut.tokens), cut.finishes) == (3, [Finish("length")])
+    # an end token is drawn where the grammar may end, not before the least length, and it ends
+    for least, text in ((0, b"aa"), (5, b"aaaaa")):
+        sampling = replace(
+            PLAIN, grammar=Grammar("regex", "a{2,}"), logit_bias=((end, 100.0),),
+            min_new_tokens=least,
+        )  # fmt: skip
+        (answer,) = driver.run(ask("ends", sampling=sampling))
+        assert b"".join(map(bytes_of, answer.tokens[:-1])) == text
+        assert answer.finishes == [Finish("stop", matched=end)]
+
+
 def logprobs(driver: Driver) -> None:
     """Those of generated tokens are those of the same ids as a prompt, under any sampling."""
-    for index, sampling in enumerate(SAMPLINGS):
+    bound = replace(HOT, grammar=Grammar("regex", "[a-z]{12}"))
+    for index, sampling in enumerate((*SAMPLINGS, bound)):
         wanted, plain = driver.run(
             ask(f"{index}", sampling=sampling, wants=Wants(logprobs=True)),
             ask(f"{index} plain", sampling=sampling),
@@ -163,6 +197,36 @@ def top(driver: Driver) -> None:
         Wants(top=2)
 
 
+def pooling(driver: Driver) -> None:
+    """A vector of the prompt, whatever is cached of it; or a refusal by name."""
+    none, prompt = replace(PLAIN, max_new_tokens=0), PROMPTS[4]
+    asked = [ask(kind, prompt, none, wants=Wants(pooling=kind)) for kind in ("mean", "last")]
+    if not driver.spec.pools:
+        with pytest.raises(RequestRefused, match="pooling"):
+            driver.run(*asked)
+        return
+    mean, last = driver.run(*asked)
+    for answer, again in zip((mean, last), driver.run(*asked), strict=True):
+        assert answer.tokens == []
+        assert answer.pooled == pytest.approx(again.pooled, abs=1e-4)
+    assert mean.pooled != pytest.approx(last.pooled, abs=1e-4)
+    one = [ask(kind, prompt[:1], none, wants=Wants(pooling=kind)) for kind in ("mean", "last")]
+    mean, last = driver.run(*one)
+    assert mean.pooled == pytest.approx(last.pooled, abs=1e-4)
+
+
+def progress(driver: Driver) -> None:
+    """News of a prompt that takes several steps; nothing else changes."""
+    prompt = tuple(range(8, 90)) + PROMPTS[4]
+    told, plain = driver.run(
+        ask("told", prompt, wants=Wants(progress=True)), ask("plain", prompt[::-1])
+    )
+    assert told.prefilled == sorted(set(told.prefilled))
+    assert 0 < told.prefilled[0] <= told.prefilled[-1] < len(prompt)
+    assert plain.prefilled == []
+    assert told.tokens == driver.run(ask("again", prompt))[0].tokens
+
+
 FIELDS: dict[str, Callable[[Driver], None]] = {
     case.__name__: case
     for case in (
@@ -178,9 +242,12 @@ FIELDS: dict[str, Callable[[Driver], None]] = {
         min_new_tokens,
         stop_token_ids,
         ignore_eos,
+        grammar,
         logprobs,
         prompt_logprobs_from,
         top,
+        pooling,
+        progress,
     )
 }
 

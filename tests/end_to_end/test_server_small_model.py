@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -84,3 +85,50 @@ def test_a_stop_string_ends_the_answer_before_it(server: ServerProcess) -> None:
     answer = httpx.post(f"{server.url}/generate", json=whole, timeout=PATIENCE_S).json()
     assert (answer["finish_reason"], answer["matched"]) == ("stop", "Paris")
     assert "Paris" not in answer["text"]
+
+
+def test_anthropics_client_gets_the_same_answer_whole_and_streamed(
+    server: ServerProcess, expected: tuple[str, str]
+) -> None:
+    greedy = {"temperature": 0}
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        asked: Any = {"model": "small", "max_tokens": 24, "messages": QUESTION}
+        whole = client.messages.create(**asked, extra_body=greedy)
+        with client.messages.stream(**asked, extra_body=greedy) as stream:
+            pieces = list(stream.text_stream)
+            told = stream.get_final_message()
+        assert "".join(pieces) == expected[1]
+        assert [block.to_dict() for block in told.content] == [
+            {"type": "text", "text": expected[1]}
+        ]
+        assert [block.to_dict() for block in whole.content] == [
+            block.to_dict() for block in told.content
+        ]
+        assert told.stop_reason == whole.stop_reason
+        count = client.messages.count_tokens(model="small", messages=asked["messages"])
+        cached = whole.usage.cache_read_input_tokens or 0
+        assert count.input_tokens == whole.usage.input_tokens + cached
+
+
+def test_anthropics_client_has_a_tool_called_that_it_asks_for(server: ServerProcess) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        asked: Any = {
+            "model": "small",
+            "max_tokens": 64,
+            "messages": QUESTION,
+            "tools": [{"name": "weather", "input_schema": schema}],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        }
+        with client.messages.stream(**asked, extra_body={"temperature": 0}) as stream:
+            message = stream.get_final_message()
+    (call,) = message.content
+    assert isinstance(call, anthropic.types.ToolUseBlock)
+    assert message.stop_reason == "tool_use"
+    assert call.name == "weather"
+    assert call.input["city"] in ("Paris", "Rome")

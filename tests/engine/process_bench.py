@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.fake import BYTE_END, BYTE_VOCABULARY, CONSONANTS, VOWELS, FakeModel
+from backend.fake_model import BYTE_END, BYTE_VOCABULARY, CONSONANTS, VOWELS, FakeModel
 from ipc.messages import Submit
 from tests.engine.scheduler_bench import ask
 

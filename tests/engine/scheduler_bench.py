@@ -4,11 +4,12 @@ the same answers made one by one from the ids alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 from backend.cache import PrefixCache
-from backend.fake import FakeExecutor, FakeModel, FakeStep, Row, open_backend
+from backend.fake import FakeExecutor, FakeStep, open_backend
+from backend.fake_model import FakeModel, Row
 from backend.interface import (
     BackendSpec,
     Finish,
@@ -19,6 +20,7 @@ from backend.interface import (
     StepPlan,
     StepTokens,
     Submission,
+    TokenMask,
     Wants,
 )
 from config import BackendSettings, BatchSettings, CacheSettings, FakeSettings, ModelSettings
@@ -68,6 +70,10 @@ class Recorder:
             self._ends[chunk.slot] = chunk.start + chunk.count
         self.plans.append(plan)
         return self.inner.launch(plan)
+
+    def sample(self, handle: StepHandle, masks: Mapping[int, TokenMask]) -> None:
+        assert set(masks) <= set(self.plans[-1].masked)
+        self.inner.sample(handle, masks)
 
     def collect(self, handle: StepHandle) -> StepTokens:
         return self.inner.collect(handle)

@@ -73,6 +73,31 @@ def step(preemptions: int = 0, tokens: int = 0, seconds: float = 0.0) -> Step:
     return Step.of(StepOutput(step_tokens=tokens, step_seconds=seconds), load)
 
 
+@given(st.lists(TIMES, min_size=1), st.sampled_from([0.01, 0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_lies_between_the_bounds_of_the_value_that_a_list_has_there(
+    values: list[float], share: float
+) -> None:
+    distribution = Distribution(SECONDS)
+    for value in values:
+        distribution.add(value)
+    exact = sorted(values)[math.ceil(share * len(values)) - 1]
+    above = next((bound for bound in SECONDS if exact <= bound), SECONDS[-1])
+    below = max((bound for bound in SECONDS if bound < min(exact, SECONDS[-1])), default=0.0)
+    found = distribution.quantile(share)
+    assert found is not None
+    assert below <= found <= above
+
+
+def test_a_quantile_divides_the_bucket_that_it_falls_into() -> None:
+    distribution = Distribution((1.0, 2.0, 4.0))
+    assert distribution.quantile(0.5) is None
+    distribution.add(3.0, 4)
+    assert distribution.quantile(0.25) == pytest.approx(2.5)
+    assert distribution.quantile(1.0) == pytest.approx(4.0)
+    distribution.add(100.0, 96)
+    assert distribution.quantile(0.5) == pytest.approx(4.0)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(1, 5))),
     st.sets(st.integers(0, 10)).map(sorted),

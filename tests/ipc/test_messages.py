@@ -19,6 +19,7 @@ from backend.interface import (
     Submission,
     TokenLogprob,
     Wants,
+    Work,
 )
 from ipc.messages import (
     Cancel,
@@ -51,7 +52,7 @@ FULL = Submission(
         ignore_eos=True,
     ),
     seed=(1 << 63) - 1,
-    wants=Wants(logprobs=True, prompt_logprobs_from=0, top=3),
+    wants=Wants(logprobs=True, prompt_logprobs_from=0, top=3, pooling="last", progress=True),
     namespace="tenant ünï",
     group="g",
     priority=-3,
@@ -113,8 +114,18 @@ def deltas_of(tokens: st.SearchStrategy[list[int]]) -> st.SearchStrategy[list[De
         cached=st.none() | ids,
         logprobs=st.lists(logprobs, max_size=2),
         prompt_logprobs=st.lists(logprobs, max_size=2),
+        pooled=st.lists(st.floats(-9, 9), max_size=2),
+        work=st.none() | st.builds(Work, ids, ids, ids, ids),
+        prefilled=st.none() | ids,
     )
-    return st.lists(delta, max_size=5)
+    return st.lists(delta.map(as_it_may_be), max_size=5)
+
+
+def as_it_may_be(delta: Delta) -> Delta:
+    """A vector and work come with a finish only, and news of a prompt without a token."""
+    if delta.finish is None:
+        delta = replace(delta, pooled=[], work=None)
+    return replace(delta, prefilled=None) if delta.tokens else delta
 
 
 def with_lists(delta: Delta) -> Delta:
@@ -124,6 +135,7 @@ def with_lists(delta: Delta) -> Delta:
         tokens=list(delta.tokens),
         logprobs=list(delta.logprobs),
         prompt_logprobs=list(delta.prompt_logprobs),
+        pooled=list(delta.pooled),
     )
 
 

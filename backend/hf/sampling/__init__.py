@@ -5,7 +5,15 @@ tokens, `Scorer` gives log-probabilities.
 """
 
 from backend.hf.sampling.logprobs import PendingScores, Scorer
-from backend.hf.sampling.sampler import Draw, Sampler, open_sampler
+from backend.hf.sampling.sampler import NO_MASKS, Draw, Sampler, open_sampler
 from backend.hf.sampling.slots import SlotStates
 
-__all__ = ["Draw", "PendingScores", "Sampler", "Scorer", "SlotStates", "open_sampler"]
+__all__ = [
+    "NO_MASKS",
+    "Draw",
+    "PendingScores",
+    "Sampler",
+    "Scorer",
+    "SlotStates",
+    "open_sampler",
+]

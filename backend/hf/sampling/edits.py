@@ -1,11 +1,11 @@
-"""Which rows of a step edit their logits before the draw, and the edit: penalties, bias, and stop
-ids that may not be drawn yet.
+"""Which rows of a step edit their logits before the draw, and the edit: the mask of a grammar,
+penalties, bias, and stop ids that may not be drawn yet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backend.hf.sampling.masks import forbid, pack
 from backend.hf.sampling.penalties import PenalisedRows
 from backend.hf.transfer import to_device
-from backend.interface import SlotSetup
+from backend.interface import SlotSetup, TokenMask
 
 Array = np.ndarray[Any, Any]
 NOTHING: Array = np.zeros(0, dtype=np.int64)
@@ -53,20 +54,29 @@ class SlotEdits:
         return self.penalised or len(self.biased) > 0 or position < self.min_position
 
 
+NO_EDITS = SlotEdits(False, NOTHING, NOTHING.astype(np.float32), NOTHING, 0)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class RowEdits:
-    """The rows of a batch that edit their logits. A cell is row * vocabulary + token, the row among
-    those edited.
+    """The rows of a batch that edit their logits, those with a mask first. A cell is
+    row * vocabulary + token, the row among those edited.
     """
 
     rows: Tensor  # [edited] int64: their places in the batch
     slots: Tensor  # [edited] int64
     positions: Tensor  # [edited] int64
     on_host: tuple[int, ...]  # the slots again
+    masks: Tensor | None  # [masked, bytes] uint8, see `masks.pack`
     penalised: PenalisedRows | None
     biased: Tensor  # [entries] int64 cells
     biases: Tensor | None  # [entries] float32; None: there are none
     forbidden: Tensor  # [cells] int64
+
+    def mask(self, logits: Tensor) -> None:
+        """Forbid in `logits` [edited, vocabulary] float32 what grammars do not allow, in place."""
+        if self.masks is not None:
+            forbid(logits[: len(self.masks)], self.masks)
 
     def apply(self, logits: Tensor) -> None:
         """Bias `logits` [edited, vocabulary] float32, contiguous, and forbid stopping, in place.
@@ -79,24 +89,35 @@ class RowEdits:
             cells.index_fill_(0, self.forbidden, -math.inf)
 
 
+def _asking(
+    edits: Mapping[int, SlotEdits],
+    slots: Sequence[int],
+    positions: Sequence[int],
+    masks: Mapping[int, TokenMask],
+) -> Iterator[int]:
+    """The rows without a mask that edit their logits."""
+    for row, slot in enumerate(slots):
+        if slot in edits and row not in masks and edits[slot].asks(positions[row]):
+            yield row
+
+
 def edits_of(
     edits: Mapping[int, SlotEdits],
     slots: Sequence[int],
     positions: Sequence[int],
+    masks: Mapping[int, TokenMask],
     vocabulary: int,
     device: torch.device,
 ) -> RowEdits | None:
-    """The edits of a batch whose row i belongs to `slots[i]` and draws the token at
-    `positions[i]`. None: no row asks.
+    """The edits of a batch whose row i belongs to `slots[i]`, draws the token at `positions[i]`,
+    and is bound by `masks[i]`, if that is there. None: no row asks.
     """
-    if not edits:
+    if not (edits or masks):
         return None
-    rows = [
-        row for row, slot in enumerate(slots) if slot in edits and edits[slot].asks(positions[row])
-    ]
+    rows = [*masks, *_asking(edits, slots, positions, masks)]
     if not rows:
         return None
-    asking = [edits[slots[row]] for row in rows]
+    asking = [edits.get(slots[row], NO_EDITS) for row in rows]
     at = [positions[row] for row in rows]
     on_host = tuple(slots[row] for row in rows)
     penalised = [index for index, edit in enumerate(asking) if edit.penalised]
@@ -118,6 +139,7 @@ def edits_of(
         slots=sent[1],
         positions=sent[2],
         on_host=on_host,
+        masks=pack(list(masks.values()), device) if masks else None,
         penalised=PenalisedRows(sent[3], sent[4], penalised_slots) if penalised else None,
         biased=sent[5],
         biases=to_device(biases, device, torch.float32) if len(biases) else None,

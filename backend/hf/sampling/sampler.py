@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -13,8 +14,11 @@ from backend.hf.sampling.edits import RowEdits, edits_of
 from backend.hf.sampling.slots import SlotStates
 from backend.hf.sampling.torch_draw import TorchDraw
 from backend.hf.transfer import to_device
+from backend.interface import TokenMask
 
 logger = logging.getLogger(__name__)
+
+NO_MASKS: Mapping[int, TokenMask] = MappingProxyType({})
 
 
 class Draw(Protocol):
@@ -54,21 +58,34 @@ class Sampler:
         return self._draw(logits, slots, positions, on_host)
 
     def redraw(
-        self, logits: Tensor, tokens: Tensor, slots: Sequence[int], positions: Sequence[int]
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, TokenMask] = NO_MASKS,
     ) -> None:
         """Draw again, into `tokens` and `last_token`, the rows that edit their logits first:
-        penalties, bias, minimum length. Copies those rows, and costs nothing when there are none.
+        masks, penalties, bias, minimum length. Copies those rows, and costs nothing when there are
+        none.
 
-        The arguments are those of `draw`, and its result; once a step.
+        The arguments are those of `draw`, and its result, with the masks of rows that a grammar
+        binds; once a step.
         """
-        edits = self._edits(slots, positions)
+        edits = self._edits(slots, positions, masks)
         if edits is not None:
             self._draw_edited(logits, tokens, edits)
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, TokenMask] = NO_MASKS,
+    ) -> Tensor:
         """`draw` and `redraw` in one, with each row drawn once: for a step outside a graph."""
         device = self._states.device
-        edits = self._edits(slots, positions)
+        edits = self._edits(slots, positions, masks)
         if edits is None:
             sent = to_device([slots, positions], device)
             return self._draw(logits, sent[0], sent[1], slots)
@@ -83,13 +100,16 @@ class Sampler:
             tokens.index_copy_(0, sent[0], drawn)
         return tokens
 
-    def _edits(self, slots: Sequence[int], positions: Sequence[int]) -> RowEdits | None:
+    def _edits(
+        self, slots: Sequence[int], positions: Sequence[int], masks: Mapping[int, TokenMask]
+    ) -> RowEdits | None:
         states = self._states
-        return edits_of(states.edits, slots, positions, states.vocabulary, states.device)
+        return edits_of(states.edits, slots, positions, masks, states.vocabulary, states.device)
 
     def _draw_edited(self, logits: Tensor, tokens: Tensor, edits: RowEdits) -> None:
         states = self._states
         edited = logits.index_select(0, edits.rows)
+        edits.mask(edited)
         if edits.penalised is not None:
             states.penalties.apply(edited, edits.penalised)
         edits.apply(edited)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -18,7 +19,7 @@ from backend.hf.memory import largest_decode, largest_prefill, measure_peak, pag
 from backend.hf.models.decoder import Decoder, DecoderShape, Placing
 from backend.hf.models.torch_blocks import TorchBlocks
 from backend.hf.precision import Precision
-from backend.interface import BackendSpec, StartFailed, StepPlan, StepTokens
+from backend.interface import BackendSpec, StartFailed, StepPlan, StepTokens, TokenMask
 from config import BackendSettings, BatchSettings, CacheSettings, DeviceSettings
 
 MIB = 1 << 20
@@ -95,6 +96,9 @@ class Executor:
         self.memory.take(step)
         self.memory.take(-step)
         return plan
+
+    def sample(self, handle: StepPlan, masks: Mapping[int, TokenMask]) -> None:
+        raise AssertionError("no step here is masked")
 
     def collect(self, handle: StepPlan) -> StepTokens:
         return StepTokens([()] * len(handle.chunks))
