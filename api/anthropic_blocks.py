@@ -59,7 +59,7 @@ class Block(Known):
 
 
 class TextBlock(Block):
-    """TextBlocks."""
+    """Words."""
 
     unserved: ClassVar[Mapping[str, Any]] = {"citations": []}
 

@@ -6,13 +6,13 @@ Sampling fields that Anthropic does not have (`min_p`, `seed`, ...) mean what th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from api.accepting import AnsweredForm
 from api.answers import Ask
 from api.anthropic_blocks import (
     CacheControl,
@@ -22,11 +22,11 @@ from api.anthropic_blocks import (
     check_senders,
     unknown_below,
 )
-from api.bodies import unknown_fields
+from api.bodies import Priority, Salt, unknown_fields
 from api.errors import ApiError, refused
-from api.generate_fields import Priority, Salt
 from api.hearing import Hearing, Named, Tool, Wish
 from api.sampling_fields import SamplingDefaults, SamplingFields
+from api.structured import schema_of
 from api.tool_fields import check_choice, check_tools, make_tool
 from backend.interface import Grammar
 from backend.tokenizer import Tokenizer
@@ -133,9 +133,10 @@ def _threadless() -> ApiError:
     return ApiError(400, message, param="thread", more={"details": details})
 
 
-class CountFields(SamplingFields, Known):
+class CountFields(SamplingFields, Known, AnsweredForm):
     """The body of a request that counts. None: as if it were not there."""
 
+    prompt_field = "messages"
     unserved: ClassVar[Mapping[str, Any]] = {
         "stop": [],
         "stop_regex": [],
@@ -181,10 +182,6 @@ class CountFields(SamplingFields, Known):
     receipt: bool | None = Field(None, description="what the answer took, in the answer")
 
     def warnings(self, strict: bool) -> list[str]:
-        """What the client is told of its fields.
-
-        Raises ApiError 400 naming a field that is not served; when `strict`, one that is unknown.
-        """
         if self.thread is not None:
             raise _threadless()
         check_senders(self.messages)
@@ -227,7 +224,7 @@ class CountFields(SamplingFields, Known):
                 "output_format and output_config.format differ: give one of them", "output_format"
             )
         format = format or self.output_format
-        return None if format is None else Grammar("json_schema", json.dumps(format.schema_))
+        return None if format is None else schema_of(format.schema_, self.format_field)
 
     @property
     def shows_thoughts(self) -> bool:

@@ -10,15 +10,17 @@ from typing import Generic, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from api.accepting import accept
 from api.anthropic_answers import Reply, ReplyFrames
 from api.anthropic_conversation import conversation
 from api.anthropic_form import CountFields, MessagesFields
-from api.bodies import described, in_words_of_the_client, parse, read_body
+from api.bodies import described, in_words_of_the_client
 from api.continuation import FIELD, Continuation
-from api.errors import REQUEST_ID, new_request_id, refused
+from api.errors import ANTHROPIC_ERRORS, REQUEST_ID, new_request_id
+from api.events import EVENT_STREAM
 from api.hearing import Wish, listen
 from api.replies import json_reply, warnings_entry
-from api.service import Service, is_strict, owner_of, service_of, wants_progress
+from api.service import Service, open_answers, service_of
 from api.streaming import AnswerStream, fold
 from api.structured import check_grammar
 
@@ -29,7 +31,7 @@ WORDS = {
     FIELD: "messages",
 }
 
-router = APIRouter()
+router = APIRouter(responses=ANTHROPIC_ERRORS)
 
 Fields = TypeVar("Fields", bound=CountFields)
 
@@ -47,13 +49,7 @@ class Asked(Generic[Fields]):
 async def _accept(request: Request, form: type[Fields]) -> Asked[Fields]:
     """Raises ApiError or RequestRefused, or Unavailable while there is no model."""
     service = service_of(request)
-    fields = parse(await read_body(request), form)
-    service.check_model(fields.model)
-    if not service.model.tokenizer.longest:
-        raise refused(
-            "this model has no tokenizer.json and answers in token ids: use /generate", "messages"
-        )
-    warnings = fields.warnings(is_strict(request))
+    fields, warnings = await accept(request, form)
     wish = fields.wish()
     await check_grammar(wish.grammar, fields.format_field)
     return Asked(fields, warnings, wish, await _render(service, fields, wish))
@@ -66,35 +62,27 @@ async def _render(service: Service, fields: CountFields, wish: Wish) -> list[int
     """
     messages = conversation(fields.system, fields.messages)
     continuation = Continuation() if messages[-1]["role"] == "assistant" else None
-    shown = wish.tools if wish.choice != "none" else ()
     with in_words_of_the_client(WORDS):
         return await service.encode_chat(
             messages if continuation is None else continuation.marked(messages),
-            tools=[tool.for_template() for tool in shown] or None,
+            tools=wish.shown,
             add_generation_prompt=continuation is None,
             template_kwargs=wish.template_kwargs,
             edit=None if continuation is None else continuation.cut,
         )
 
 
-@router.post("/v1/messages", openapi_extra=described(MessagesFields))
+@router.post("/v1/messages", openapi_extra=described(MessagesFields, streams=[EVENT_STREAM]))
 async def messages(request: Request) -> Response:
     """Answer a conversation: streamed as events, or whole."""
     service = service_of(request)
     asked = await _accept(request, MessagesFields)
     fields = asked.fields
-    hearing = listen(service, asked.prompt, asked.wish)
-    if hearing.grammar is not asked.wish.grammar:
-        await check_grammar(hearing.grammar, "tools")
+    hearing = await listen(service, asked.prompt, asked.wish)
     with in_words_of_the_client(WORDS):
         ask = fields.ask(asked.prompt, hearing, service.model.defaults, service.model.tokenizer)
-        answers = service.open(
-            f"msg_{secrets.token_hex(12)}",
-            [ask],
-            owner_of(request),
-            asked.warnings,
-            progress=wants_progress(request),
-        )
+        id = f"msg_{secrets.token_hex(12)}"
+        answers = open_answers(request, id, [ask], asked.warnings, events=fields.stream)
     reply = Reply(
         answers,
         hearing.open_ear(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -40,6 +40,16 @@ class Form(BaseModel):
 # One wrong id is enough: to collect a million faults would hold up everybody else.
 TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
 Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+# Texts that an answer ends at: their number is bounded where they are read.
+Stops: TypeAlias = str | Annotated[list[str], Field(fail_fast=True)]
+
+MOST_URGENT = 1 << 31
+
+# What means the same in every form, whatever it is called there.
+Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]  # of a request
+Salt: TypeAlias = Annotated[str, Field(max_length=256)]  # prefixes are shared within one only
+# Symmetric: some forms say it with the opposite sign.
+Priority: TypeAlias = Annotated[int, Field(gt=-MOST_URGENT, lt=MOST_URGENT)]
 
 
 async def read_body(request: Request) -> bytes:
@@ -175,11 +185,31 @@ def in_words_of_the_client(words: Mapping[str, str]) -> Iterator[None]:
         raise RequestRefused(message, words.get(error.param, error.param)) from None
 
 
-def described(*forms: type[BaseModel]) -> dict[str, Any]:
-    """What /openapi.json says of a route whose body one of `forms` reads: its `openapi_extra`."""
-    schemas = [_inlined(form.model_json_schema()) for form in forms]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def described(
+    *forms: type[BaseModel], required: bool = True, streams: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What /openapi.json says of a route whose body one of `forms` reads: its `openapi_extra`.
+
+    `streams`: the media types of answers that are told piece by piece.
+    """
+    content = {media_type: {"schema": {"type": "string"}} for media_type in streams}
+    return {
+        **request_body([form.model_json_schema() for form in forms], required),
+        "responses": {"200": {"content": content}},
+    }
+
+
+def request_body(schemas: Sequence[dict[str, Any]], required: bool = True) -> dict[str, Any]:
+    """The same of a body that one of `schemas` allows."""
+    inlined = [_inlined(schema) for schema in schemas]
+    schema = inlined[0] if len(inlined) == 1 else {"anyOf": inlined}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def one_of(*names: str) -> ConfigDict:
+    """The config of a form that wants one of these fields: for /openapi.json alone."""
+    return ConfigDict(json_schema_extra={"anyOf": [{"required": [name]} for name in names]})
 
 
 def _inlined(schema: dict[str, Any]) -> Any:

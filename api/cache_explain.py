@@ -16,10 +16,19 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from api.bodies import Form, TokenIds, described, parse, read_body, unknown_fields, unknown_in
+from api.bodies import (
+    Form,
+    Salt,
+    TokenIds,
+    described,
+    one_of,
+    parse,
+    read_body,
+    unknown_fields,
+    unknown_in,
+)
 from api.conversation import Messages, check_template_kwargs, unknown_in_messages
 from api.errors import refused
-from api.generate_fields import Salt
 from api.replies import json_reply, warnings_entry
 from api.service import Service, is_strict, owner_of, service_of
 from backend.tokenizer import Tokenizer
@@ -43,6 +52,8 @@ router = APIRouter()
 
 class ExplainBody(Form):
     """The prompt in question: one of the first four fields."""
+
+    model_config = one_of(*SOURCES)
 
     prompt: str | None = None
     text: str | None = Field(None, description="the same")

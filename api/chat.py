@@ -9,14 +9,16 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from api.accepting import accept
 from api.answers import Answer
 from api.bodies import described
 from api.continuation import FIELD, Continuation
 from api.conversation import Messages, check_template_kwargs, unknown_in_messages
 from api.errors import refused
+from api.events import EVENT_STREAM
 from api.hearing import Hearing, Wish, listen
 from api.openai_answers import Telling, Wording, respond
-from api.openai_fields import UNSERVED, OpenAIFields, accept
+from api.openai_fields import UNSERVED, OpenAIFields
 from api.openai_logprobs import ChatShape, Scores, Spelling
 from api.openai_messages import ChatSpeech, words
 from api.openai_reasoning import ReasoningFields
@@ -111,10 +113,9 @@ async def _render(service: Service, fields: ChatFields, wish: Wish) -> list[int]
     """The ids of the conversation, as the model sees it. Raises ApiError or RequestRefused."""
     messages = [message.for_template() for message in fields.messages]
     continuation = Continuation() if fields.continue_final_message else None
-    shown = wish.tools if wish.choice != "none" else ()
     return await service.encode_chat(
         messages if continuation is None else continuation.marked(messages),
-        tools=[tool.for_template() for tool in shown] or None,
+        tools=wish.shown,
         add_generation_prompt=not continuation and fields.add_generation_prompt is not False,
         template_kwargs={
             **wish.template_kwargs,
@@ -140,7 +141,7 @@ def _telling(fields: ChatFields, hearing: Hearing, tokenizer: Tokenizer) -> Tell
     )
 
 
-@router.post("/v1/chat/completions", openapi_extra=described(ChatFields))
+@router.post("/v1/chat/completions", openapi_extra=described(ChatFields, streams=[EVENT_STREAM]))
 async def chat(request: Request) -> Response:
     """Answer a conversation: streamed as server-sent events, or whole."""
     service = service_of(request)
@@ -148,9 +149,7 @@ async def chat(request: Request) -> Response:
     wish = fields.wish()
     await check_grammar(wish.grammar, fields.grammar_field)
     prompt = await _render(service, fields, wish)
-    hearing = listen(service, prompt, wish)
-    if hearing.grammar is not wish.grammar:
-        await check_grammar(hearing.grammar, "tools")
+    hearing = await listen(service, prompt, wish)
     asks = fields.asks([prompt], service.model.defaults, hearing)
     return await respond(
         request, fields, asks, warnings, _telling(fields, hearing, service.model.tokenizer)

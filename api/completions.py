@@ -11,13 +11,15 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from api.accepting import accept
 from api.answers import Answer, Piece
 from api.bodies import described
 from api.errors import refused
+from api.events import EVENT_STREAM
 from api.hearing import Hearing
 from api.openai_answers import Telling, Wording, respond
 from api.openai_choices import Part, Phrase
-from api.openai_fields import UNSERVED, OpenAIFields, accept
+from api.openai_fields import UNSERVED, OpenAIFields
 from api.openai_logprobs import CompletionShape, Offsets, Scores, Spelling
 from api.prompts import Prompt, encode_prompts
 from api.service import service_of
@@ -116,7 +118,7 @@ def _telling(fields: CompletionFields, tokenizer: Tokenizer) -> Telling:
     )
 
 
-@router.post("/v1/completions", openapi_extra=described(CompletionFields))
+@router.post("/v1/completions", openapi_extra=described(CompletionFields, streams=[EVENT_STREAM]))
 async def completions(request: Request) -> Response:
     """Continue each prompt: streamed as server-sent events, or whole."""
     service = service_of(request)

@@ -214,6 +214,15 @@ VERBS: dict[str, Verb] = {
 }
 
 
+def _described(name: str, verb: Verb) -> dict[str, Any]:
+    schema = verb.arguments.model_json_schema()
+    fields = {"cmd": {"const": name}, **schema.get("properties", {})}
+    return {**schema, "properties": fields, "required": ["cmd", *schema.get("required", ())]}
+
+
+COMMANDS = [_described(name, verb) for name, verb in VERBS.items()]  # the JSON schema of each
+
+
 def _exactly_one(wanted: Arguments) -> None:
     """Raise ApiError unless exactly one of the arguments is given."""
     if sum(map(bool, wanted.model_dump().values())) != 1:

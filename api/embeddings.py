@@ -22,6 +22,7 @@ from starlette.responses import Response
 from api.answers import Ask, Whole
 from api.bodies import (
     Form,
+    Salt,
     described,
     in_words_of_the_client,
     parse,
@@ -30,13 +31,12 @@ from api.bodies import (
     unknown_in,
 )
 from api.embedding_model import EmbeddingModel, embedding_model
-from api.generate_fields import Salt
 from api.prompts import Prompt, encode_prompts
 from api.replies import json_reply, warnings_entry
-from api.sampling_fields import check_answers
-from api.service import Service, is_strict, new_id, owner_of, service_of
+from api.sampling_fields import NO_TOKENS, check_answers
+from api.service import Service, is_strict, new_id, open_answers, service_of
 from api.streaming import fold
-from backend.interface import Pooling, SamplingParams, Wants
+from backend.interface import Pooling, Wants
 
 # Known to clients and not served: the value that asks for nothing, besides null.
 UNSERVED: Mapping[str, Any] = {
@@ -46,7 +46,6 @@ UNSERVED: Mapping[str, Any] = {
     "priority": 0,
     "instruction": None,
 }
-NO_TOKENS = SamplingParams(max_new_tokens=0)
 
 router = APIRouter()
 
@@ -78,7 +77,7 @@ async def embeddings(request: Request) -> Response:
     pooling = model.choose(body.pooling)
     with in_words_of_the_client({"prompt": "input"}):
         asks = await _asks(service, body, pooling)
-        answers = service.open(new_id("embd"), asks, owner_of(request), warnings)
+        answers = open_answers(request, new_id("embd"), asks, warnings)
     wholes = await fold(request, answers)
     reply = await asyncio.to_thread(_reply, body, model, wholes)
     name = service.model.names[0]

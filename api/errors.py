@@ -99,7 +99,7 @@ def refused(message: str, param: str | None = None) -> ApiError:
 
 def model_not_found(name: str) -> ApiError:
     """A 404 for a `model` that is not served here."""
-    message = f"model {name!r} is not served here"
+    message = f"model {name!r:.80} is not served here"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -124,6 +124,23 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineError):
         return ApiError(503, str(error), "engine_error", code="engine_failed")
     return ApiError(500, "internal error: see the server's log", "server_error")
+
+
+def _shown(**properties: Any) -> dict[int | str, dict[str, Any]]:
+    """What /openapi.json says of answers of every other status than those it names."""
+    content = {"application/json": {"schema": _object(**properties)}}
+    return {"default": {"description": "An error", "content": content}}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TEXT, _TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
+ERRORS = _shown(error=_object(message=_TEXT, type=_TEXT, param=_TEXT_OR_NULL, code=_TEXT_OR_NULL))
+ANTHROPIC_ERRORS = _shown(
+    type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT), request_id=_TEXT
+)
 
 
 class ClientGone(Exception):

@@ -1,4 +1,4 @@
-"""Server-sent events, as OpenAI and SGLang frame their streams."""
+"""Media types of streams, and server-sent events as OpenAI and SGLang frame them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 EVENT_STREAM = "text/event-stream"  # the media type
+JSON_LINES = "application/x-ndjson"  # that of our own streams
 DONE = b"data: [DONE]\n\n"  # after the last event
 
 

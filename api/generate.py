@@ -11,14 +11,16 @@ from starlette.responses import Response
 from api import native_form, sglang_form
 from api.bodies import decode, described, read_body
 from api.errors import refused
+from api.events import EVENT_STREAM, JSON_LINES
 
 router = APIRouter()
 
+FORMS = (native_form.NativeBody, sglang_form.SglangBody)
 OURS = frozenset(native_form.NativeBody.model_fields)
 SGLANGS = frozenset(sglang_form.SglangBody.model_fields) | sglang_form.UNSERVED.keys()
 
 
-@router.post("/generate", openapi_extra=described(native_form.NativeBody, sglang_form.SglangBody))
+@router.post("/generate", openapi_extra=described(*FORMS, streams=[JSON_LINES, EVENT_STREAM]))
 async def generate(request: Request) -> Response:
     """Answer a prompt.
 

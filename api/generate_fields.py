@@ -5,21 +5,15 @@ Our own form has these fields beside its prompt, SGLang's in `sampling_params`.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
-
 from pydantic import Field
 
 from api.answers import Ask
+from api.bodies import Stops
 from api.sampling_fields import SamplingDefaults, SamplingFields
 from api.structured import GrammarFields, check_grammar
 from backend.interface import RequestRefused
 from backend.tokenizer import Tokenizer
 from engine.stop_regex import stop_patterns
-
-MOST_URGENT = 1 << 31
-
-Priority: TypeAlias = Annotated[int, Field(gt=-MOST_URGENT, lt=MOST_URGENT)]
-Salt: TypeAlias = Annotated[str, Field(max_length=256)]
 
 
 class GenerateFields(SamplingFields, GrammarFields):
@@ -29,7 +23,7 @@ class GenerateFields(SamplingFields, GrammarFields):
         None, description="default: MAX_NEW_TOKENS_DEFAULT, clamped to the room in the context"
     )
     min_new_tokens: int | None = None
-    stop_regex: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+    stop_regex: Stops | None = Field(
         None, description="the text ends before what matches first; in Python's syntax"
     )
     no_stop_trim: bool | None = Field(None, description="the text ends with what stopped it")

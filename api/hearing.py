@@ -8,16 +8,19 @@ render what an `Ear` heard. They know no format of calls and no mark of thoughts
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from api.answers import Piece
+from api.bodies import in_words_of_the_client
 from api.dialect import Bounds, Dialect
 from api.errors import refused
-from api.reasoning import MARKS, ThinkReader, ThoughtCounter
+from api.reasoning import MARKS, ThinkReader, ThoughtCounter, Thoughts
 from api.service import Service
 from api.speech import CallStart, PlainReader, Reader, Saying
+from api.structured import check_grammar
 from api.tool_calls import CallReader
 from backend.interface import Grammar
 
@@ -58,6 +61,12 @@ class Wish:
     grammar: Grammar | None = None  # that the answer must match, after its thoughts
     separate_reasoning: bool = True  # thoughts are told apart from the answer
     thinking: bool | None = None  # what the template is told; None: what it does by itself
+
+    @property
+    def shown(self) -> list[dict[str, Any]] | None:
+        """The tools that the template shows, if any."""
+        tools = () if self.choice == "none" else self.tools
+        return [tool.for_template() for tool in tools] or None
 
     @property
     def template_kwargs(self) -> dict[str, bool]:
@@ -105,8 +114,9 @@ class Hearing:
         return self.ears()
 
 
-def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
-    """How to hear the answers to `prompt`, which was rendered with the tools of `wish`.
+async def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
+    """How to hear the answers to `prompt`, which was rendered with the tools of `wish`. A grammar
+    other than that of `wish` has been compiled.
 
     Raises ApiError or RequestRefused for what this model cannot do.
     """
@@ -116,7 +126,7 @@ def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
         raise refused("tool_choice must be auto or none where TOOL_PARSER is none", "tool_choice")
     thoughts = dialect.thoughts(prompt)
     format = dialect.format if wish.tools and wish.choice != "none" else None
-    grammar = dialect.grammar(_bounds(dialect, wish), thoughts)
+    grammar = await _grammar(dialect, wish, thoughts)
     if format is None and thoughts == "none":
         return Hearing(grammar)
     tools = {tool.name: tool.parameters for tool in wish.tools}
@@ -130,6 +140,18 @@ def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
 
     marks = [*(() if format is None else format.marks), *(() if thoughts == "none" else MARKS)]
     return Hearing(grammar, False, dialect.shows(marks), open_ear)
+
+
+async def _grammar(dialect: Dialect, wish: Wish, thoughts: Thoughts) -> Grammar | None:
+    """What an answer is bound by, compiled. Many tools make a long grammar: a thread writes it."""
+    bounds = _bounds(dialect, wish)
+    if bounds == Bounds():
+        return None
+    with in_words_of_the_client({"grammar": "tools"}):
+        grammar = await asyncio.to_thread(dialect.grammar, bounds, thoughts)
+    if grammar is not wish.grammar:
+        await check_grammar(grammar, "tools")
+    return grammar
 
 
 def _bounds(dialect: Dialect, wish: Wish) -> Bounds:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from backend.grammar import JSON_OPTIONS
+from backend.grammar_forms import schema_part
 from backend.interface import Grammar
 
 # As templates write the arguments of earlier calls, by jinja2's tojson: what models have learned.
@@ -60,9 +61,8 @@ class Lark:
         return self._token_of(mark) is not None
 
     def json(self, schema: Any, style: Mapping[str, Any] = CALL_STYLE) -> str:
-        """JSON that matches `schema`."""
-        styled = {**(schema if isinstance(schema, Mapping) else {"allOf": [schema]})}
-        return self.rule(f"%json {json.dumps({**styled, 'x-guidance': style})}")
+        """JSON that matches `schema`. Raises RequestRefused for one that cannot be honoured."""
+        return self.rule(f"%json {schema_part(schema, style)}")
 
     def rule(self, body: str, options: str = "", name: str = "joined_") -> str:
         """The name of a new rule."""

@@ -6,11 +6,10 @@ them: it will run on whichever has room first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
 from api.errors import refused
 from api.service import service_of
@@ -22,16 +21,19 @@ router = APIRouter(tags=["operations"])
 
 
 @router.get("/v1/loads")
-async def loads(request: Request) -> dict[str, Any]:
+async def loads(
+    request: Request,
+    format: str = "json",
+    include: str = "all",
+    dp_rank: Annotated[int | None, Query(ge=0)] = None,
+) -> dict[str, Any]:
     """Every replica's load, or with `dp_rank` one's."""
     pool = service_of(request).pool
-    rank = _asked(request.query_params, len(pool.replicas))
+    _check(format, include, dp_rank, len(pool.replicas))
     return {
         "timestamp": datetime.now(timezone.utc).isoformat(),
         "num_waiting_reqs": pool.waiting,
-        "loads": [
-            _load(pool, each) for each in pool.replicas if rank is None or each.index == rank
-        ],
+        "loads": [_load(pool, each) for each in pool.replicas if dp_rank in (None, each.index)],
     }
 
 
@@ -50,19 +52,15 @@ async def old_loads(request: Request) -> list[dict[str, Any]]:
     ]
 
 
-def _asked(query: Mapping[str, str], replicas: int) -> int | None:
-    """The one replica that is asked about; None: all. Raises ApiError for what is not known."""
-    if query.get("format", "json") != "json":
+def _check(format: str, include: str, rank: int | None, replicas: int) -> None:
+    """Raises ApiError for what is not known."""
+    if format != "json":
         raise refused("format must be json: GET /metrics has Prometheus text", "format")
-    for section in query.get("include", "all").split(","):
+    for section in include.split(","):
         if section.strip() not in SECTIONS:
             raise refused(f"include must hold some of {', '.join(SECTIONS)}", "include")
-    rank = query.get("dp_rank")
-    if rank is None:
-        return None
-    if not (rank.isascii() and rank.isdecimal() and int(rank[:9]) < replicas):
-        raise refused(f"dp_rank must be below {replicas}, got {rank!r:.40}", "dp_rank")
-    return int(rank)
+    if rank is not None and rank >= replicas:
+        raise refused(f"dp_rank must be below {replicas}", "dp_rank")
 
 
 def _load(pool: EnginePool, replica: ReplicaStatus) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
 from api.answers import Answer, Answers, Ask, Piece, Whole
-from api.bodies import Texts, in_words_of_the_client, parse_value
+from api.bodies import Priority, Salt, Texts, in_words_of_the_client, parse_value
 from api.errors import ApiError
-from api.generate_fields import GenerateFields, Priority, Salt
+from api.events import JSON_LINES
+from api.generate_fields import GenerateFields
 from api.receipts import receipt
-from api.replies import json_reply, warnings_entry
+from api.replies import json_reply, warnings_entry, written
 from api.sampling_fields import GREEDY, check_answers
-from api.service import Service, new_id, owner_of, service_of
+from api.service import Service, new_id, open_answers, service_of
 from api.streaming import AnswerStream, fold
 from backend.interface import NOTHING_MORE, Finish, TokenLogprob, Wants
 from backend.tokenizer import Tokenizer
@@ -66,13 +67,13 @@ async def respond(request: Request, value: dict[str, Any]) -> Response:
     service.check_model(body.model)
     with in_words_of_the_client(WORDS):
         asks = await _asks(service, body)
-    answers = service.open(new_id("gen"), asks, owner_of(request))
+    answers = open_answers(request, new_id("gen"), asks)
     ends = End(bool(body.receipt))
     tokenizer = service.model.tokenizer
     if body.stream is not False:
         return AnswerStream(answers, NativeFrames(answers, tokenizer, ends, body.many))
-    content = _all(answers, await fold(request, answers), tokenizer, ends, body.many)
-    return json_reply(content)
+    wholes = await fold(request, answers)
+    return json_reply(await _all(answers, wholes, tokenizer, ends, body.many))
 
 
 async def _asks(service: Service, body: NativeBody) -> list[Ask]:
@@ -94,7 +95,7 @@ async def _asks(service: Service, body: NativeBody) -> list[Ask]:
 class NativeFrames:
     """A line for each piece, and one more for the end of each answer."""
 
-    media_type = "application/x-ndjson"
+    media_type = JSON_LINES
 
     def __init__(self, answers: Answers, tokenizer: Tokenizer, ends: End, many: bool) -> None:
         self._tokenizer = tokenizer
@@ -153,11 +154,11 @@ class End:
         }
 
 
-def _all(
+async def _all(
     answers: Answers, wholes: Sequence[Whole], tokenizer: Tokenizer, ends: End, many: bool
 ) -> dict[str, Any]:
     """The object that answers a request without a stream."""
-    contents = [_whole(each, tokenizer, ends) for each in wholes]
+    contents = [await _whole(each, tokenizer, ends) for each in wholes]
     if not many:
         return {"id": answers.id, **contents[0], **warnings_entry(answers.warnings)}
     usages = [each["usage"] for each in contents]
@@ -169,11 +170,12 @@ def _all(
     }
 
 
-def _whole(whole: Whole, tokenizer: Tokenizer, ends: End) -> dict[str, Any]:
+async def _whole(whole: Whole, tokenizer: Tokenizer, ends: End) -> dict[str, Any]:
     content = {"text": whole.text, **ends.of(whole.answer, whole.finish)}
-    if whole.answer.live.submission.wants.logprobs:
-        content["logprobs"] = _logprobs(whole.logprobs, tokenizer)
-    return content
+    if not whole.answer.live.submission.wants.logprobs:
+        return content
+    entries = await written(whole.logprobs, lambda some: {"logprobs": _logprobs(some, tokenizer)})
+    return content | entries
 
 
 def _logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from api.openai_choices import Extras, Part, Phrase, Speech, Teller
 from api.openai_fields import OpenAIFields
 from api.openai_logprobs import Scores
 from api.replies import json_reply, warnings_entry
-from api.service import new_id, owner_of, service_of, wants_progress
+from api.service import new_id, open_answers, service_of
 from api.streaming import AnswerStream, fold
 from backend.interface import Finish
 
@@ -235,8 +235,7 @@ async def respond(
     service = service_of(request)
     id = fields.name or new_id(telling.wording.id_prefix)
     with in_words_of_the_client(fields.words):
-        progress = bool(fields.stream) and wants_progress(request)
-        answers = service.open(id, asks, owner_of(request), warnings, progress=progress)
+        answers = open_answers(request, id, asks, warnings, events=fields.stream)
     reply = Reply(telling, answers, service.model.names[0], fields.answers_per_prompt)
     if fields.stream:
         return AnswerStream(answers, ReplyFrames(reply))

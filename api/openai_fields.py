@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import Request
 from pydantic import BeforeValidator, Field
 
+from api.accepting import AnsweredForm
 from api.answers import Ask
 from api.bodies import (
     Form,
+    Name,
+    Priority,
+    Salt,
+    Stops,
     bounded,
     in_words_of_the_client,
-    parse,
-    read_body,
     unknown_fields,
     unknown_in,
 )
@@ -26,7 +28,6 @@ from api.errors import refused
 from api.hearing import Hearing
 from api.openai_choices import Extras
 from api.sampling_fields import SamplingDefaults, SamplingFields, check_answers
-from api.service import is_strict, service_of
 from api.structured import OpenAIGrammarFields
 from backend.interface import Wants
 from engine.stop_regex import stop_patterns
@@ -52,9 +53,6 @@ UNSERVED: Mapping[str, Any] = {
     "store": False,
 }
 STREAM_OPTIONS_UNSERVED: Mapping[str, Any] = {"include_obfuscation": False}
-MOST_URGENT, LEAST_URGENT = -(1 << 31), (1 << 31) - 1  # of `priority`
-
-Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(Form):
@@ -66,10 +64,9 @@ class StreamOptions(Form):
     )
 
 
-class OpenAIFields(SamplingFields, OpenAIGrammarFields):
+class OpenAIFields(SamplingFields, OpenAIGrammarFields, AnsweredForm):
     """The fields of both routes. None: as if it were not there."""
 
-    prompt_field: ClassVar[str]  # that holds what is to be answered
     unserved: ClassVar[Mapping[str, Any]]
 
     model: str | None = Field(None, description="one of the names that the model is served under")
@@ -88,17 +85,15 @@ class OpenAIFields(SamplingFields, OpenAIGrammarFields):
     metadata: Annotated[dict[str, Any], BeforeValidator(bounded)] | None = Field(
         None, description="of stored answers; none are stored: a warning"
     )
-    stop_regex: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+    stop_regex: Stops | None = Field(
         None, description="the text ends before what matches one of these patterns"
     )
     include_stop_str_in_output: bool | None = Field(
         None, description="the text ends with what stopped it"
     )
     no_stop_trim: bool | None = Field(None, description="the same")
-    priority: int | None = Field(
-        None, ge=MOST_URGENT, le=LEAST_URGENT, description="who waits goes by it, lower first"
-    )
-    cache_salt: Annotated[str, Field(max_length=256)] | None = Field(
+    priority: Priority | None = Field(None, description="who waits goes by it, lower first")
+    cache_salt: Salt | None = Field(
         None, description="prefixes are shared with requests of the same salt only"
     )
     request_id: Name | None = Field(None, description="the answer's id, for its abortion")
@@ -153,10 +148,6 @@ class OpenAIFields(SamplingFields, OpenAIGrammarFields):
         raise NotImplementedError
 
     def warnings(self, strict: bool) -> list[str]:
-        """What the client is told of fields that nothing here knows.
-
-        Raises ApiError 400 naming a field that is not served; when `strict`, one that is unknown.
-        """
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options is for streams: set stream to true", "stream_options")
         if len({self.rid, self.request_id} - {None}) > 1:
@@ -194,22 +185,3 @@ class OpenAIFields(SamplingFields, OpenAIGrammarFields):
                 priority=-(self.priority or 0),  # in vLLM's words: lower goes first
             )
         return [replace(draft, prompt=prompt) for prompt in prompts]
-
-
-Fields = TypeVar("Fields", bound=OpenAIFields)
-
-
-async def accept(request: Request, form: type[Fields]) -> tuple[Fields, list[str]]:
-    """The body of a request, and what the client is to be told of it.
-
-    Raises ApiError, or Unavailable while there is no model.
-    """
-    service = service_of(request)
-    fields = parse(await read_body(request), form)
-    service.check_model(fields.model)
-    if not service.model.tokenizer.longest:
-        raise refused(
-            "this model has no tokenizer.json and answers in token ids: use /generate",
-            form.prompt_field,
-        )
-    return fields, fields.warnings(is_strict(request))

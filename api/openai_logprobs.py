@@ -5,20 +5,17 @@ show, put together.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
-import orjson
-
 from api.answers import Answer, Piece, Whole
+from api.replies import written
 from backend.interface import Finish, TokenLogprob
 from backend.tokenizer import Tokenizer
 from engine.text import TextStream
 
 LEAST = -9999.0  # what OpenAI says of a token that cannot be drawn: JSON has no infinity
-SLICE = 64  # tokens written at a time, each with as many as 20 others: a few milliseconds
 
 Row: TypeAlias = tuple[int, TokenLogprob | None]  # a token; None: there is nothing ahead of it
 
@@ -157,12 +154,5 @@ class Scores:
         return {**self._shape.lists(rows), **self._shape.beside} if rows else None
 
     async def whole(self, whole: Whole) -> dict[str, Any]:
-        """All of them. Written slice by slice, so that others have their turn meanwhile."""
-        rows = self._rows(whole)
-        written: dict[str, list[bytes]] = {name: [] for name in self._shape.lists(())}
-        for start in range(0, len(rows), SLICE):
-            for name, entries in self._shape.lists(rows[start : start + SLICE]).items():
-                written[name].append(orjson.dumps(entries)[1:-1])
-            await asyncio.sleep(0)
-        lists = {name: orjson.Fragment(b"[%b]" % b",".join(written[name])) for name in written}
-        return {**lists, **self._shape.beside}
+        """All of them."""
+        return {**await written(self._rows(whole), self._shape.lists), **self._shape.beside}

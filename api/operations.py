@@ -6,15 +6,25 @@ They answer from the first moment on; what needs a model is a 503 until there is
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from api import health, reports
 from api.auth import Keys, require_admin
-from api.bodies import Body, Form, decode, described, parse, read_body, unknown_fields
-from api.control import MAX_DRAIN_WAIT_S, Answer, Control
+from api.bodies import (
+    Body,
+    Form,
+    decode,
+    described,
+    parse,
+    read_body,
+    request_body,
+    unknown_fields,
+)
+from api.control import COMMANDS, MAX_DRAIN_WAIT_S, Answer, Control
 from api.errors import refused
 from api.metrics import render
 from api.replies import warnings_entry
@@ -84,14 +94,16 @@ async def server_info(request: Request) -> dict[str, Any]:
 
 @router.get("/flush_cache")
 @router.post("/flush_cache")
-async def flush_cache(request: Request) -> dict[str, Any]:
+async def flush_cache(
+    request: Request, timeout: Annotated[float, Query(ge=0, le=MAX_DRAIN_WAIT_S)] = 0.0
+) -> dict[str, Any]:
     """Give up every cached prefix, on every engine. 400 while requests run or wait; `timeout`:
     seconds to wait for their end.
     """
     _require_the_operators_key(request)
     service = service_of(request)
     pool = service.pool
-    if not await pool.drained(_seconds(request.query_params.get("timeout", "0"))):
+    if not await pool.drained(timeout):
         raise refused(
             f"{pool.running} requests run and {pool.waiting} wait: flush the cache when there are "
             "none, or with timeout=SECONDS"
@@ -106,17 +118,6 @@ def _require_the_operators_key(request: Request) -> None:
         require_admin(request)
 
 
-def _seconds(text: str) -> float:
-    """Raises ApiError."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= MAX_DRAIN_WAIT_S:
-        raise refused(f"timeout must be 0 to {MAX_DRAIN_WAIT_S:.0f} seconds", "timeout")
-    return seconds
-
-
 class PauseRequest(Form):
     """SGLang's body of `/pause_generation`."""
 
@@ -126,10 +127,10 @@ class PauseRequest(Form):
 class ContinueRequest(Form):
     """SGLang's body of `/continue_generation`."""
 
-    torch_empty_cache: bool | None = None
+    torch_empty_cache: bool | None = Field(None, description="changes nothing: none is kept")
 
 
-@router.post("/pause_generation", openapi_extra=described(PauseRequest))
+@router.post("/pause_generation", openapi_extra=described(PauseRequest, required=False))
 async def pause_generation(request: Request) -> dict[str, Any]:
     """Generate nothing until `/continue_generation`; new requests wait. For the operator.
 
@@ -146,7 +147,7 @@ async def pause_generation(request: Request) -> dict[str, Any]:
     return {"status": "ok", "message": message, **_counts(answer), **warnings_entry(warnings)}
 
 
-@router.post("/continue_generation", openapi_extra=described(ContinueRequest))
+@router.post("/continue_generation", openapi_extra=described(ContinueRequest, required=False))
 async def continue_generation(request: Request) -> dict[str, Any]:
     """Generate again, from where it was. For the operator."""
     require_admin(request)
@@ -173,7 +174,7 @@ class AbortRequest(Form):
     abort_all: bool = False
 
 
-@router.post("/abort_request")
+@router.post("/abort_request", openapi_extra=described(AbortRequest))
 async def abort_request(request: Request) -> dict[str, Any]:
     """End requests of the caller's own key with finish "abort": one by its id, or all."""
     service = service_of(request)
@@ -185,7 +186,7 @@ async def abort_request(request: Request) -> dict[str, Any]:
     return {"ok": True, "aborted": aborted, **warnings_entry(warnings)}
 
 
-@router.post("/control")
+@router.post("/control", openapi_extra=request_body(COMMANDS))
 async def control(request: Request) -> dict[str, Any]:
     """Run a verb of the control plane. For the operator."""
     require_admin(request)

@@ -12,16 +12,18 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from api.accepting import accept
 from api.answers import Answers
-from api.bodies import described, in_words_of_the_client, parse, read_body, refuse_unsupported
+from api.bodies import described, in_words_of_the_client, refuse_unsupported
 from api.errors import ApiError, refused
-from api.hearing import Hearing, Wish, listen
+from api.events import EVENT_STREAM
+from api.hearing import Hearing, listen
 from api.replies import json_reply, warnings_entry
 from api.response_store import Item, StoredResponse
 from api.responses_form import LOGPROBS, ResponsesFields
 from api.responses_input import check_calls, items_of, messages_of, references
 from api.responses_telling import ResponseTelling, Told
-from api.service import Service, is_strict, owner_of, service_of, wants_progress
+from api.service import Service, open_answers, owner_of, service_of
 from api.streaming import AnswerStream, unless_gone
 from api.structured import check_grammar
 
@@ -35,23 +37,18 @@ WORDS = {  # what this form calls our fields
 }
 
 
-@router.post("/v1/responses", openapi_extra=described(ResponsesFields))
+@router.post("/v1/responses", openapi_extra=described(ResponsesFields, streams=[EVENT_STREAM]))
 async def create(request: Request) -> Response:
     """Answer a conversation: streamed as server-sent events, or whole."""
     service = service_of(request)
-    fields = parse(await read_body(request), ResponsesFields)
-    service.check_model(fields.model)
-    if not service.model.tokenizer.longest:
-        raise refused("this model has no tokenizer.json: use /generate", "input")
-    warnings = fields.warnings(is_strict(request))
+    fields, warnings = await accept(request, ResponsesFields)
     owner = owner_of(request)
     before, given = _items(service, owner, fields)
     with in_words_of_the_client(WORDS):
         prompt, hearing = await _prepare(service, fields, [*before, *given])
         ask = fields.ask(prompt, hearing, service.model.defaults)
         name = secrets.token_hex(24)
-        progress = bool(fields.stream) and wants_progress(request)
-        answers = service.open(f"resp_{name}", [ask], owner, warnings, progress=progress)
+        answers = open_answers(request, f"resp_{name}", [ask], warnings, events=fields.stream)
 
     def ended(response: dict[str, Any]) -> None:
         if fields.store:
@@ -103,23 +100,14 @@ async def _prepare(
     await check_grammar(wish.grammar, "text.format.schema")
     prompt = await service.encode_chat(
         messages_of(fields.instructions, items),
-        tools=_shown(wish),
+        tools=wish.shown,
         template_kwargs=fields.template_kwargs(wish),
     )
-    hearing = listen(service, prompt, wish)
-    if hearing.grammar is not wish.grammar:
-        await check_grammar(hearing.grammar, "tools")
+    hearing = await listen(service, prompt, wish)
     if fields.scored and not hearing.plain:
         message = f"{LOGPROBS!r} is not supported beside tools and thoughts"
         raise refused(f"include: {message}", "include")
     return prompt, hearing
-
-
-def _shown(wish: Wish) -> list[dict[str, Any]] | None:
-    """The tools as the template shows them."""
-    if wish.choice == "none" or not wish.tools:
-        return None
-    return [tool.for_template() for tool in wish.tools]
 
 
 def _head(service: Service, answers: Answers) -> dict[str, Any]:

@@ -5,21 +5,21 @@ A field is honoured, refused by name, or, where nothing here knows it, answered 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
+from api.accepting import AnsweredForm
 from api.answers import Ask
-from api.bodies import Form, unknown_fields, unknown_in
+from api.bodies import Form, Priority, Salt, Stops, unknown_fields, unknown_in
 from api.conversation import check_template_kwargs
 from api.errors import refused
 from api.hearing import Hearing, Wish
-from api.openai_fields import LEAST_URGENT, MOST_URGENT
 from api.responses_input import Input, unknown_in_input
 from api.responses_tools import ResponsesToolFields
 from api.sampling_fields import SamplingDefaults, SamplingFields
+from api.structured import schema_of
 from backend.interface import Grammar, SamplingParams, Wants
 from engine.stop_regex import stop_patterns
 from engine.text import stop_strings
@@ -79,10 +79,10 @@ class TextFormat(Form):
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return Grammar("json_schema", '{"type": "object"}')
+            return schema_of({"type": "object"}, "text.format")
         if self.schema_ is None:
             raise refused("text.format.schema is missing", "text.format.schema")
-        return Grammar("json_schema", json.dumps(self.schema_))
+        return schema_of(self.schema_, "text.format.schema")
 
     def echo(self) -> dict[str, Any]:
         """As an answer repeats it."""
@@ -123,8 +123,10 @@ class StreamOptions(Form):
     """Known to clients; nothing in it can be asked for here."""
 
 
-class ResponsesFields(SamplingFields, ResponsesToolFields):
+class ResponsesFields(SamplingFields, ResponsesToolFields, AnsweredForm):
     """The body of a request. None: as if it were not there."""
+
+    prompt_field = "input"
 
     model: str | None = Field(None, description="one of the names that the model is served under")
     input: Input
@@ -150,20 +152,14 @@ class ResponsesFields(SamplingFields, ResponsesToolFields):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    cache_salt: str | None = Field(None, description="prefixes are shared within one salt only")
-    stop_regex: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+    cache_salt: Salt | None = Field(None, description="prefixes are shared within one salt only")
+    stop_regex: Stops | None = Field(
         None, description="the text ends before what matches one of these patterns"
     )
-    priority: int | None = Field(
-        None, ge=MOST_URGENT, le=LEAST_URGENT, description="who waits goes by it, lower first"
-    )
+    priority: Priority | None = Field(None, description="who waits goes by it, lower first")
     receipt: bool | None = Field(None, description="what the answer took, in the answer")
 
     def warnings(self, strict: bool) -> list[str]:
-        """What the client is told of fields that nothing here knows.
-
-        Raises ApiError 400 naming a field that is not served; when `strict`, one that is unknown.
-        """
         if self.n not in (None, 1):
             raise refused("n is not supported by this route: there is one answer", "n")
         if self.stream_options is not None and not self.stream:

@@ -6,7 +6,6 @@ that were prepared when its item was opened.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import orjson
@@ -25,8 +24,9 @@ class Events:
 
     def event(self, kind: str, **fields: Any) -> bytes:
         """One event."""
-        head = self.head(kind, **fields)
-        return b"%b%b}\n\n" % (head, self.next_number())
+        number, self.told = self.told, self.told + 1
+        data = orjson.dumps({"type": kind, **fields, "sequence_number": number})
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
     def head(self, kind: str, **fields: Any) -> bytes:
         """An event up to its number, which comes last."""
@@ -158,25 +158,30 @@ class Message(PartItem):
 
     def __init__(self, events: Events, response: str, index: int) -> None:
         super().__init__(events, response, index)
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[bytes] = []  # of each delta, as JSON: three events repeat them all
         self._after = b',"logprobs":[]}\n\n'
 
-    def scored(self, text: str, logprobs: Sequence[dict[str, Any]]) -> bytes:
+    def scored(self, text: str, logprobs: list[dict[str, Any]]) -> bytes:
         """One more piece, with the log-probabilities of its tokens."""
         self._texts.append(text)
-        self._logprobs += logprobs
-        return self._delta(text, b',"logprobs":%b}\n\n' % orjson.dumps(list(logprobs)))
+        written = orjson.dumps(logprobs)
+        self._logprobs.append(written[1:-1])
+        return self._delta(text, b',"logprobs":%b}\n\n' % written)
+
+    def _all_logprobs(self) -> orjson.Fragment:
+        self._logprobs = [b",".join(self._logprobs)] if self._logprobs else []
+        return orjson.Fragment(b"[%b]" % b",".join(self._logprobs))
 
     def part(self) -> dict[str, Any]:
         return {
             "type": "output_text",
             "text": self.text,
             "annotations": [],
-            "logprobs": list(self._logprobs),
+            "logprobs": self._all_logprobs(),
         }
 
     def last_words(self) -> dict[str, Any]:
-        return {"text": self.text, "logprobs": self._logprobs}
+        return {"text": self.text, "logprobs": self._all_logprobs()}
 
     def content(self) -> dict[str, Any]:
         return {"type": "message", "role": "assistant", "content": [self.part()]}

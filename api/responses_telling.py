@@ -51,6 +51,7 @@ class ResponseTelling:
         self._events = Events()
         self._items: list[OutputItem] = []
         self._output: list[dict[str, Any]] = []  # the items that are closed
+        self._shape = ChatShape(Spelling(told.tokenizer))
         self._scores: list[dict[str, Any]] = []  # of tokens whose text has not come yet
         self.response = self._state("in_progress")
 
@@ -166,7 +167,7 @@ class ResponseTelling:
     def _score(self, piece: Piece) -> None:
         """Note the log-probabilities of its tokens, but for an end token: it has no text."""
         finish, logprobs = piece.finish, piece.logprobs
-        if finish is not None and finish.reason == "stop" and finish.matched == piece.token_ids[-1]:
+        matched = finish.matched if finish is not None and finish.reason == "stop" else None
+        if piece.token_ids and piece.token_ids[-1] == matched:
             logprobs = logprobs[:-1]
-        shape = ChatShape(Spelling(self._told.tokenizer))
-        self._scores += shape.lists([(each.token, each) for each in logprobs])["content"]
+        self._scores += self._shape.lists([(each.token, each) for each in logprobs])["content"]

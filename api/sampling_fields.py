@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from api.bodies import Form, TokenIds, bounded
+from api.bodies import Form, Stops, TokenIds, bounded
 from api.errors import refused
 from backend.interface import Grammar, ModelBroken, RequestRefused, SamplingParams
 from backend.tokenizer import Tokenizer
@@ -54,6 +54,7 @@ class SamplingDefaults:
         return SamplingDefaults(**given)
 
 
+NO_TOKENS = SamplingParams(max_new_tokens=0)  # of prompts that are computed without an answer
 GREEDY = SamplingDefaults(temperature=0.0)  # what our own form promises
 
 
@@ -73,7 +74,7 @@ class SamplingFields(Form):
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
-    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop: Stops | None = None
     skip_special_tokens: bool | None = None
 
     def params(

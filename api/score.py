@@ -24,6 +24,7 @@ from api.answers import Ask, Whole
 from api.bodies import (
     MAX_PROMPTS,
     Form,
+    Salt,
     Texts,
     TokenIds,
     decode,
@@ -36,12 +37,11 @@ from api.bodies import (
     unknown_in,
 )
 from api.errors import refused
-from api.generate_fields import Salt
 from api.replies import json_reply, warnings_entry
-from api.sampling_fields import check_answers
-from api.service import Service, is_strict, new_id, owner_of, service_of
+from api.sampling_fields import NO_TOKENS, check_answers
+from api.service import Service, is_strict, new_id, open_answers, service_of
 from api.streaming import fold
-from backend.interface import SamplingParams, Wants
+from backend.interface import Wants
 
 # Known to clients and not served: pairs of texts are for models that score pairs.
 UNSERVED = (
@@ -56,7 +56,6 @@ UNSERVED = (
     "use_activation",
 )
 MAX_TEXT = 16 << 20  # characters to tokenize: each continuation with its prompt
-NO_TOKENS = SamplingParams(max_new_tokens=0)
 
 IdLists: TypeAlias = Annotated[
     list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
@@ -120,9 +119,9 @@ async def score(request: Request) -> Response:
     check_answers(len(scored), field)
     with in_words_of_the_client({"prompt": field}):
         asks = [_ask(each, id, body.cache_salt or "") for each in scored]
-        answers = service.open(id, asks, owner_of(request), warnings)
+        answers = open_answers(request, id, asks, warnings)
     wholes = await fold(request, answers)
-    content = _spell(body, wholes)
+    content = await asyncio.to_thread(_spell, body, wholes)
     more = {"model": service.model.names[0], "usage": _usage(wholes)}
     return json_reply({"id": id, **content, **more, **warnings_entry(answers.warnings)})
 
@@ -177,7 +176,11 @@ async def _jointly(service: Service, prompt: str, texts: Sequence[str]) -> list[
         )
     wholes = [prompt, *(prompt + text for text in texts)]
     head, *ids = await service.encode(wholes, "continuations")
-    return [_behind(head, whole, index) for index, whole in enumerate(ids)]
+    return await asyncio.to_thread(_all_behind, head, ids)
+
+
+def _all_behind(head: Sequence[int], wholes: Sequence[Sequence[int]]) -> list[Scored]:
+    return [_behind(head, whole, index) for index, whole in enumerate(wholes)]
 
 
 def _behind(head: Sequence[int], whole: Sequence[int], index: int) -> Scored:
@@ -228,6 +231,7 @@ async def _items(service: Service, body: LabelsBody) -> list[list[int]]:
 
 
 def _spell(body: ContinuationsBody | LabelsBody, wholes: Sequence[Whole]) -> dict[str, Any]:
+    """Heavy with many long continuations: for a thread."""
     if isinstance(body, ContinuationsBody):
         scores = [_continuation(index, whole) for index, whole in enumerate(wholes)]
         return {"object": "score", "scores": scores}

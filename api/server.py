@@ -27,7 +27,7 @@ from api import (
     tokens,
 )
 from api.auth import ApiKeyMiddleware, Keys
-from api.errors import answer_errors, api_error
+from api.errors import ERRORS, answer_errors, api_error
 from api.lifecycle import Lifecycle
 from api.metrics import open_registry
 from api.turnstile import Turnstile
@@ -53,7 +53,9 @@ ROUTERS = (
 
 def build_api(settings: Settings, life: Lifecycle) -> ASGIApp:
     """Every route over one service."""
-    api = FastAPI(title="mini-sglang", description="LLM inference server", redoc_url=None)
+    api = FastAPI(
+        title="mini-sglang", description="LLM inference server", redoc_url=None, responses=ERRORS
+    )
     api.state.service = life.service
     api.state.registry = open_registry(life.pool)
     for router in ROUTERS:

@@ -144,7 +144,7 @@ class Service:
         *,
         progress: bool = False,
     ) -> Answers:
-        """Start the answers of one request, all or none; `progress`: as `wants_progress` says.
+        """Start the answers of one request, all or none; `progress`: the engine tells of it.
 
         Raises RequestRefused, Overloaded or Unavailable. Who opens closes.
         """
@@ -185,11 +185,22 @@ def is_strict(request: Request) -> bool:
     return service_of(request).settings.server.strict_fields or asked
 
 
-def wants_progress(request: Request) -> bool:
-    """Whether a stream of events shall tell of its progress before the first piece: only for who
-    sends `x-progress: 1`, since simple clients choke on comments.
+def open_answers(
+    request: Request,
+    id: str,
+    asks: Sequence[Ask],
+    warnings: Sequence[str] = (),
+    *,
+    events: bool | None = False,
+) -> Answers:
+    """Start the answers to a request, for its owner. `events`: they leave as a stream of events,
+    which tells of its progress to who sends `x-progress: 1`: simple clients choke on comments.
+
+    Raises ApiError, and what `Service.open` raises.
     """
-    return _switched_on(request, "x-progress")
+    asked = _switched_on(request, "x-progress")
+    service, progress = service_of(request), asked and bool(events)
+    return service.open(id, asks, owner_of(request), warnings, progress=progress)
 
 
 def _switched_on(request: Request, header: str) -> bool:

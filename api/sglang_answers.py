@@ -5,16 +5,19 @@ Made for one request by its handler; streamed and whole answers are the same obj
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from api.answers import Answer, Ask, Piece, Whole
 from api.errors import ApiError
 from api.events import DONE, EVENT_STREAM, event
 from api.receipts import receipt
-from api.replies import warnings_entry
+from api.replies import SLICE, warnings_entry
 from backend.interface import Finish, TokenLogprob
 from backend.tokenizer import Tokenizer
 
@@ -48,7 +51,7 @@ class Record:
     telling: Telling
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    logprobs: dict[str, list[Any]] = field(default_factory=dict)  # by their names in meta_info
+    logprobs: dict[str, list[bytes]] = field(default_factory=dict)  # JSON, by names in meta_info
     told: int = 0  # ids that an event has had
 
     def __post_init__(self) -> None:
@@ -59,24 +62,37 @@ class Record:
             self.logprobs |= {"input_top_logprobs": [], "output_top_logprobs": []}
         if wants.prompt_logprobs_from is not None:  # the first one follows nothing
             first = self.ask.prompt[wants.prompt_logprobs_from]
-            self.logprobs["input_token_logprobs"].append(self._entry(first, None))
+            self._write("input_token_logprobs", [self._entry(first, None)])
             if wants.top:
-                self.logprobs["input_top_logprobs"].append(None)
+                self._write("input_top_logprobs", [None])
 
-    def add(self, news: Piece | Whole) -> None:
-        """Take in a piece, or the whole at once."""
-        self.text += news.text
-        self.ids += news.token_ids
-        self._add_logprobs("input", news.prompt_logprobs)
-        self._add_logprobs("output", news.logprobs)
+    def add(self, piece: Piece) -> None:
+        """Take in a piece."""
+        self.text += piece.text
+        self.ids += piece.token_ids
+        self._add_logprobs("input", piece.prompt_logprobs)
+        self._add_logprobs("output", piece.logprobs)
+
+    async def add_whole(self, whole: Whole) -> None:
+        """Take in all of it, slice by slice, so that others have their turn meanwhile."""
+        self.text, self.ids = whole.text, whole.token_ids
+        for side, logprobs in (("input", whole.prompt_logprobs), ("output", whole.logprobs)):
+            for start in range(0, len(logprobs), SLICE):
+                self._add_logprobs(side, logprobs[start : start + SLICE])
+                await asyncio.sleep(0)
 
     def _add_logprobs(self, side: str, logprobs: Sequence[TokenLogprob]) -> None:
-        for each in logprobs:
-            entry = self._entry(each.token, each.logprob)
-            self.logprobs[f"{side}_token_logprobs"].append(entry)
-            if self.ask.wants.top:
-                top = [self._entry(*pair) for pair in each.top]
-                self.logprobs[f"{side}_top_logprobs"].append(top)
+        if not logprobs:
+            return
+        entries = [self._entry(each.token, each.logprob) for each in logprobs]
+        self._write(f"{side}_token_logprobs", entries)
+        if self.ask.wants.top:
+            tops = [[self._entry(*pair) for pair in each.top] for each in logprobs]
+            self._write(f"{side}_top_logprobs", tops)
+
+    def _write(self, name: str, entries: Sequence[Any]) -> None:
+        """Each entry once, though every event repeats those before it."""
+        self.logprobs[name].append(orjson.dumps(entries)[1:-1])
 
     def _entry(self, token: int, logprob: float | None) -> tuple[float | None, int, str | None]:
         text = self.tokenizer.table[token].decode(errors="replace") if self.telling.texts else None
@@ -101,7 +117,7 @@ class Record:
                 "prompt_tokens": answer.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "cached_tokens": answer.cached_tokens,
-                **self.logprobs,
+                **{name: _joined(parts) for name, parts in self.logprobs.items()},
                 **({} if finish is None else self._last_words()),
             },
             **({"prompt_token_ids": self.ask.prompt} if self.telling.prompt else {}),
@@ -118,6 +134,12 @@ class Record:
             **({"receipt": receipt(self.answer)} if self.telling.receipt else {}),
             **warnings_entry(self.telling.warnings),
         }
+
+
+def _joined(parts: list[bytes]) -> orjson.Fragment:
+    """The list whose entries are in `parts`, which becomes one part: the next time is quicker."""
+    parts[:] = [b",".join(parts)] if parts else []
+    return orjson.Fragment(b"[%b]" % b"".join(parts))
 
 
 class SglangFrames:

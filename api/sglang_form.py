@@ -19,18 +19,22 @@ from api.answers import Answers, Ask
 from api.bodies import (
     MAX_PROMPTS,
     Form,
+    Name,
+    Priority,
+    Salt,
     Texts,
     TokenIds,
     in_words_of_the_client,
+    one_of,
     parse_value,
     unknown_fields,
     unknown_in,
 )
 from api.errors import refused
-from api.generate_fields import GenerateFields, Priority, Salt
+from api.generate_fields import GenerateFields
 from api.replies import json_reply
 from api.sampling_fields import check_answers
-from api.service import Service, is_strict, new_id, owner_of, service_of, wants_progress
+from api.service import Service, is_strict, new_id, open_answers, service_of
 from api.sglang_answers import Record, SglangFrames, Telling
 from api.streaming import AnswerStream, fold
 from backend.interface import NOTHING_MORE, Wants
@@ -85,8 +89,6 @@ SAMPLING_UNSERVED: Mapping[str, Any] = {"beam_width": 1, "custom_params": None, 
 NONE_OF_THE_PROMPT = -1
 MAX_INTERVAL = 1 << 20
 
-Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
-
 Value = TypeVar("Value")
 Each: TypeAlias = Annotated[list[Value], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 
@@ -105,6 +107,8 @@ class SglangSampling(GenerateFields):
 
 class SglangBody(Form):
     """The body of a request. A list in a field of one prompt has a value for each of many."""
+
+    model_config = one_of("text", "input_ids")
 
     text: str | Texts | None = None
     input_ids: (
@@ -233,16 +237,14 @@ async def respond(request: Request, value: dict[str, Any]) -> Response:
     asks = await _asks(service, body)
     id = body.rid if isinstance(body.rid, str) else new_id("gen")
     with in_words_of_the_client(_words(body.source, "sampling_params")):
-        answers = service.open(
-            id, asks, owner_of(request), warnings, progress=wants_progress(request)
-        )
+        answers = open_answers(request, id, asks, warnings, events=body.stream)
     many = body.batch is not None or len(answers.all) > 1
     records = _records(service, body, answers, asks, many)
     if body.stream:
         return AnswerStream(answers, SglangFrames(records, many))
     wholes = await fold(request, answers)
     for record, whole in zip(records, wholes, strict=True):
-        record.add(whole)
+        await record.add_whole(whole)
     contents = [record.content(whole.finish) for record, whole in zip(records, wholes, strict=True)]
     return json_reply(contents if many else contents[0])
 

@@ -23,6 +23,9 @@ from backend.grammar import check_grammar as compile_once
 from backend.grammar_forms import ANY_OBJECT, choice_grammar, ebnf_grammar, schema_grammar
 from backend.interface import Grammar, RequestRefused
 
+# Characters of choices together: they are quoted one by one before a grammar's own bound is seen.
+MAX_CHOICES = 1 << 18
+
 Reader = Callable[[Any, str], Grammar | None]  # a field's value, and its name
 
 
@@ -113,8 +116,10 @@ def _read(reader: Reader, value: Any, param: str) -> Grammar | None:
         return reader(value, param)
 
 
-def _schema(value: Any, param: str) -> Grammar:
-    return schema_grammar(value)
+def schema_of(value: Any, param: str) -> Grammar:
+    """JSON that matches a schema. Raises RequestRefused naming `param`."""
+    with in_words_of_the_client({"grammar": param, "json_schema": param}):
+        return schema_grammar(value)
 
 
 def _text(value: Any, param: str) -> str:
@@ -134,6 +139,8 @@ def _ebnf(value: Any, param: str) -> Grammar:
 def _choice(value: Any, param: str) -> Grammar:
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise refused(f"{param} must be a list of texts, at least one", param)
+    if sum(map(len, value)) > MAX_CHOICES:
+        raise refused(f"{param} must have {MAX_CHOICES:,} characters at most", param)
     return choice_grammar(value)
 
 
@@ -167,7 +174,7 @@ def _json_schema(value: dict[str, Any], param: str) -> Grammar:
             raise refused(f"{param}.{name} must be a {kind.__name__}", f"{param}.{name}")
     if not isinstance(inner["schema"], dict | bool):
         raise refused(f"{param}.schema must be an object", f"{param}.schema")
-    return schema_grammar(inner["schema"])
+    return schema_of(inner["schema"], f"{param}.schema")
 
 
 def _structured_outputs(value: dict[str, Any], param: str) -> Grammar:
@@ -201,7 +208,7 @@ def _refuse_others(value: Mapping[str, Any], known: set[str], param: str) -> Non
 
 
 READERS: dict[str, Reader] = {
-    "json_schema": _schema,
+    "json_schema": schema_of,
     "regex": _regex,
     "ebnf": _ebnf,
     "structural_tag": read_tag,
@@ -210,7 +217,7 @@ OPENAI_READERS: dict[str, Reader] = {
     "response_format": _response_format,
     "structured_outputs": _structured_outputs,
     **READERS,
-    "guided_json": _schema,
+    "guided_json": schema_of,
     "guided_regex": _regex,
     "guided_choice": _choice,
     "guided_grammar": _ebnf,
@@ -222,7 +229,7 @@ FORMATS: dict[Any, Reader] = {
     "structural_tag": read_tag,
 }
 STRUCTURED: dict[str, Reader] = {
-    "json": _schema,
+    "json": schema_of,
     "regex": _regex,
     "choice": _choice,
     "grammar": _ebnf,

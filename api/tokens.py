@@ -23,6 +23,7 @@ from api.bodies import (
     TokenIds,
     described,
     in_words_of_the_client,
+    one_of,
     parse,
     read_body,
     unknown_fields,
@@ -53,6 +54,8 @@ router = APIRouter()
 
 class TokenizeBody(Form):
     """What is to be tokenized: one of the first three fields."""
+
+    model_config = one_of(*SOURCES)
 
     prompt: str | Texts | None = None
     text: str | Texts | None = None

@@ -28,6 +28,7 @@ from backend.interface import (
     TokenMask,
 )
 from backend.json_schema import read_schema
+from backend.schema_depth import refuse_too_deep
 from backend.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -47,12 +48,13 @@ JSON_OPTIONS: JsonCompileOptions = {
 
 
 def _from_schema(text: str) -> str:
-    schema = json.dumps(read_schema(text))
-    found: str = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    schema = read_schema(text)
+    refuse_too_deep(schema)
+    found: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
     return found
 
 
-# kind -> llguidance's own form of a text. Raises RequestRefused.
+# kind -> llguidance's own form of a text. Raises RequestRefused, or ValueError.
 SOURCES: dict[GrammarKind, Callable[[str], str]] = {
     "json_schema": _from_schema,
     "regex": LLMatcher.grammar_from_regex,
@@ -64,10 +66,18 @@ def check_grammar(grammar: Grammar) -> None:
     """Raise RequestRefused for a grammar that cannot be compiled, with the reason in one line.
     Takes up to a second for the largest.
     """
-    source = SOURCES[grammar.kind](grammar.text)
+    source = _source(grammar)
     wrong, messages = LLMatcher.validate_grammar_with_warnings(source, limits=LIMITS)
     if wrong:
         raise _refusal(grammar, messages[0])
+
+
+def _source(grammar: Grammar) -> str:
+    """llguidance's own form of a grammar. Raises RequestRefused."""
+    try:
+        return SOURCES[grammar.kind](grammar.text)
+    except ValueError as error:  # half of a surrogate pair, a number that is none in JSON
+        raise _refusal(grammar, str(error)) from None
 
 
 def _refusal(grammar: Grammar, message: str) -> RequestRefused:
@@ -194,7 +204,7 @@ def compile_grammar(
     grammar: Grammar, tokenizer: Future[LLTokenizer], spec: BackendSpec
 ) -> Compiled:
     """A grammar over a tokenizer that may still be made. Raises RequestRefused, StartFailed."""
-    source = SOURCES[grammar.kind](grammar.text)
+    source = _source(grammar)
     vocabulary = tokenizer.result()
     matcher = LLMatcher(vocabulary, source, log_level=0, limits=LIMITS)
     if matcher.is_error():

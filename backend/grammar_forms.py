@@ -6,7 +6,7 @@ Called by the front, before a request is submitted. Pure functions of text; noth
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from backend.interface import Grammar, RequestRefused
 from backend.json_schema import read_schema
 
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
+# of a client's own grammar: its conversion takes the square of them
+MAX_EBNF_CHARACTERS = 1 << 14
+MAX_EBNF_RULES = 1500  # and groups in them: the compiler calls itself for each that leads on
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +54,27 @@ def ebnf_grammar(text: str) -> Grammar:
     """A grammar in GBNF, the EBNF of llama.cpp and xgrammar, whose first rule is `root`; or in
     Lark's notation, whose first rule is `start`.
     """
-    plain = Grammar("lark", text)
+    if len(text) > MAX_EBNF_CHARACTERS:
+        raise RequestRefused(
+            f"the EBNF has {len(text):,} characters, {MAX_EBNF_CHARACTERS:,} are allowed", "grammar"
+        )
     try:
-        return Grammar("lark", any_to_lark(plain.text))
-    except RequestRefused:
-        raise
+        lark = any_to_lark(text)
     except Exception as error:  # the converter has an error of its own, and also raises others
         line = " ".join(str(error).split())[:300]
         raise RequestRefused(f"the EBNF cannot be read: {line}", "grammar") from None
+    if sum(map(lark.count, ":([{")) > MAX_EBNF_RULES:
+        raise RequestRefused(
+            f"the EBNF has more than {MAX_EBNF_RULES:,} rules and groups", "grammar"
+        )
+    return Grammar("lark", lark)
+
+
+def schema_part(schema: Any, options: Mapping[str, Any] = JSON_OPTIONS) -> str:
+    """A JSON schema as it stands within a grammar, where it carries its options itself, as JSON.
+    Raises RequestRefused as `read_schema` does.
+    """
+    return json.dumps({**read_schema(json.dumps(schema)), "x-guidance": dict(options)})
 
 
 def tag_grammar(tags: Sequence[Tag]) -> Grammar:
@@ -70,11 +86,7 @@ def tag_grammar(tags: Sequence[Tag]) -> Grammar:
                 StructTag(
                     trigger=tag.trigger,
                     begin=tag.begin,
-                    # within a grammar a schema carries the options itself
-                    grammar={
-                        **read_schema(json.dumps(tag.schema)),
-                        "x-guidance": dict(JSON_OPTIONS),
-                    },
+                    grammar=json.loads(schema_part(tag.schema)),
                     end=tag.end,
                 )
                 for tag in tags

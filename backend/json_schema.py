@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from backend.interface import RequestRefused
+from backend.narrow_schema import narrowed
 
 NOT_SERVED = "it is not served here"
 MAX_DEPTH = 64  # schemas within schemas
@@ -40,8 +41,9 @@ FORMATS = (
 
 
 def read_schema(text: str) -> dict[str, Any]:
-    """The schema in a JSON text, as an object. Raises RequestRefused for what is no schema that can
-    be honoured, naming the keyword and its place.
+    """The schema in a JSON text, as an object, narrowed.
+
+    Raises RequestRefused for what is no schema that can be honoured, naming keyword and place.
     """
     try:
         schema = json.loads(text)
@@ -50,7 +52,7 @@ def read_schema(text: str) -> dict[str, Any]:
     _check(schema, "$", 0)
     if schema is False:
         raise RequestRefused("the JSON schema false is matched by nothing", "json_schema")
-    return {} if schema is True else dict(schema)
+    return {} if schema is True else narrowed(schema)
 
 
 def refusal(keyword: str, place: str, reason: str) -> RequestRefused:

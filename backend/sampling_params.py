@@ -43,7 +43,12 @@ def _is_count(value: object) -> bool:
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
 GRAMMAR_KINDS = get_args(GrammarKind)
-MAX_GRAMMAR_CHARACTERS = 1 << 18
+# A long pattern costs its engine more than itself: each token is held against all of it.
+MAX_GRAMMAR_CHARACTERS: dict[GrammarKind, int] = {
+    "json_schema": 1 << 18,
+    "regex": 1 << 13,
+    "lark": 1 << 18,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,9 @@ class Grammar:
     def __post_init__(self) -> None:
         wanted = "one of " + ", ".join(GRAMMAR_KINDS)
         _refuse_unless(self.kind in GRAMMAR_KINDS, "grammar", wanted, self.kind)
-        fits = isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARACTERS
-        wanted = f"a text of 1 to {MAX_GRAMMAR_CHARACTERS:,} characters"
+        most = MAX_GRAMMAR_CHARACTERS[self.kind]
+        fits = isinstance(self.text, str) and 0 < len(self.text) <= most
+        wanted = f"a text of 1 to {most:,} characters"
         _refuse_unless(
             fits, "grammar", wanted, len(self.text) if isinstance(self.text, str) else self.text
         )

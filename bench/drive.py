@@ -80,6 +80,7 @@ class Driver:
                 temperature=self.workload.temperature,
                 max_new_tokens=job.new_tokens,
                 ignore_eos=True,
+                grammar=self.workload.grammar,
             )
             yield Submission(f"{self.label}-{number}", job.prompt, sampling, seed=number)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -34,8 +34,8 @@ COMPLAINTS = ("WARNING", "ERROR", "CRITICAL")
 
 
 @contextmanager
-def own_server(application: str = APPLICATION) -> Iterator[str]:
-    """The URL of a server with this process's environment, once it is ready.
+def own_server(application: str = APPLICATION, **flags: str) -> Iterator[str]:
+    """The URL of a server with this process's environment and `flags`, once it is ready.
 
     Raises StartFailed with the server's own words when it ends before that. However the block is
     left, the server and its engines are gone, or killed after STOP_S. What it complained about
@@ -43,7 +43,7 @@ def own_server(application: str = APPLICATION) -> Iterator[str]:
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         port = free_port()
-        process = _start(application, port, log)
+        process = _start(application, port, log, flags)
         try:
             url = f"http://127.0.0.1:{port}"
             with Console(stderr=True).status("starting a server"):
@@ -65,12 +65,15 @@ def free_port() -> int:
         return port
 
 
-def _start(application: str, port: int, log: IO[str]) -> subprocess.Popen[bytes]:
+def _start(
+    application: str, port: int, log: IO[str], flags: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "uvicorn", application, "--app-dir", str(ROOT)),
             *("--host", "127.0.0.1", "--port", str(port), "--no-access-log"),
         ],
+        env={**os.environ, **flags},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

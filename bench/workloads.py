@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from backend.interface import RequestRefused
+from backend.interface import Grammar, RequestRefused
 
 LARGE_VOCABULARY = 1 << 30  # folds nothing: no vocabulary is larger
 
@@ -30,6 +30,7 @@ class Workload:
     name: str
     jobs: tuple[Job, ...]
     temperature: float = 0.0
+    grammar: Grammar | None = None  # that binds every answer
 
     @property
     def prompt_tokens(self) -> int:

@@ -19,6 +19,7 @@ from engine.prefix_index import PrefixIndex
 
 EVICTIONS = 1 << 14  # blocks of about 64 tokens whose end is remembered, of each replica
 RECENT_TOKENS = 1 << 18  # of prompts and answers remembered, of each replica
+RECENT_PROMPTS = 1024  # of them, at most
 AROUND = 8  # tokens shown on either side of a divergence
 STRIDE = 512  # tokens compared at a time
 
@@ -98,7 +99,7 @@ class Past:
         """Remember a prompt, in place of the oldest ones."""
         self.recent.append(recent)
         self.tokens += recent.room
-        while self.tokens > RECENT_TOKENS:
+        while self.tokens > RECENT_TOKENS or len(self.recent) > RECENT_PROMPTS:
             self.tokens -= self.recent.popleft().room
 
 

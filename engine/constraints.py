@@ -6,6 +6,7 @@ Owned by the scheduler, which asks nothing here while there is no such sequence.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence as Values
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from backend.interface import (
 )
 from engine.sequence import Sequence
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class BoundSequence(Sequence):
@@ -32,6 +35,7 @@ class BoundSequence(Sequence):
 
     compiled: Future[Compiled]
     state: GrammarState | None = None  # None: its grammar is not there yet
+    waits: bool = True
 
     @property
     def following(self) -> GrammarState:
@@ -43,10 +47,11 @@ class BoundSequence(Sequence):
         """Take the grammar that is compiled. Returns the end of an answer that cannot have it, or
         had all of it before it came here.
         """
-        try:
-            state = self.state = self.compiled.result().begin(self.submission.received)
-        except EngineError as error:
-            return Finish("error", message=str(error))
+        error = self.compiled.exception()
+        if error is not None:
+            return Finish("error", message=_explain(error))
+        state = self.state = self.compiled.result().begin(self.submission.received)
+        self.waits = False
         if state.error is not None:
             return Finish("error", message=f"the answer left its grammar: {state.error}")
         return Finish("stop") if state.complete else None
@@ -72,6 +77,14 @@ class BoundSequence(Sequence):
         if finish is not None and finish.reason == "stop":
             return count, finish
         return count, Finish("stop") if state.complete else finish
+
+
+def _explain(error: BaseException) -> str:
+    """Why a grammar was not compiled. A defect, of the parser's too, ends one answer alone."""
+    if isinstance(error, EngineError):
+        return str(error)
+    logger.error("a grammar could not be compiled", exc_info=error)
+    return f"internal error: the grammar could not be compiled: {type(error).__name__}"
 
 
 class Constraints:
@@ -110,10 +123,6 @@ class Constraints:
         come = [each for each in self._sequences if each.state is None and each.compiled.done()]
         opened = [(sequence, sequence.open()) for sequence in come]
         return [(sequence, finish) for sequence, finish in opened if finish is not None]
-
-    def holds(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence has to wait for its grammar."""
-        return any(each is sequence and each.state is None for each in self._sequences)
 
     def wait(self, seconds: float) -> None:
         """Until a grammar has come that is waited for, so long at most."""

@@ -292,6 +292,8 @@ class EnginePool:
             self._warm_prefixes(index)
 
     def _warm_prefixes(self, index: int) -> None:
+        if self.paused:
+            return  # `go_on` comes back to it
         for prefix in self._prefixes:
             self._give(index, prefix, lambda _: None)
 
@@ -331,16 +333,19 @@ class EnginePool:
         engine is lost meanwhile; no new one is given work.
         """
         self._dispatcher.hold()
-        await self._pause_engines(mode == "in_place")
         if mode == "in_place":
+            await self._pause_engines(True)
             return 0
         aborted = self._dispatcher.abort(finish=PAUSE)
+        await self._pause_engines(False)  # who was paused in place must still let go
         await self._dispatcher.idle()
         return aborted
 
     async def go_on(self) -> None:
         """Generate again, from where it was. Raises as `pause` does."""
         self._dispatcher.release()
+        for index in self._dispatcher.engines:
+            self._warm_prefixes(index)
         await self._pause_engines(False)
 
     async def _pause_engines(self, paused: bool) -> None:

@@ -120,6 +120,8 @@ class Parser:
         if self._text.startswith("?", self._at):
             self._at += 1
         least, most = _range(found)
+        if max(least, most or 0) > MAX_STATES:  # it would be one state at least each time
+            raise self._refused(f"{found[0]} is more than {MAX_STATES:,} times")
         return lambda then: self._repeat(part, least, most, then)
 
     def _repeat(self, part: Build, least: int, most: int | None, then: int) -> int:

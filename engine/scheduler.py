@@ -227,7 +227,7 @@ class Scheduler:
             group = sequence.submission.group
             if group is not None and group in under_way:
                 continue
-            if self._constraints and self._constraints.holds(sequence):
+            if sequence.waits:
                 continue
             if not self._admit(sequence):
                 return

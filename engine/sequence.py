@@ -60,6 +60,7 @@ class Sequence:
     rows: int = 0  # of all these together
     yields: int = 0
     computed: int = 0  # prompt positions of earlier placements: see `Work`
+    waits: bool = False  # for something of its own, before it may be admitted
 
     @property
     def here(self) -> Placement:

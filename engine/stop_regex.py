@@ -17,7 +17,7 @@ from engine.regex_syntax import Parser, State, is_word
 
 MAX_PATTERNS = 32
 MAX_HELD = 1024  # characters: of a longer match the beginning has left already
-MAX_STEPS = 4096  # that one automaton remembers
+MAX_REMEMBERED = 1 << 16  # states in the steps that one automaton remembers
 
 Row: TypeAlias = tuple[int, ...]  # states, those whose match began first at the front
 
@@ -66,6 +66,7 @@ class Automaton:
         self.patterns = patterns
         self._states: list[State] = []
         self._steps: dict[tuple[Row, str, str], Step] = {}
+        self._remembered = 0  # states in them
         firsts = []
         for number, pattern in enumerate(patterns):
             self._states.append(State(pattern=number))
@@ -96,10 +97,16 @@ class Automaton:
         key = (row, kind, character)
         found = self._steps.get(key)
         if found is None:
-            if len(self._steps) >= MAX_STEPS:
-                self._steps.clear()
-            found = self._steps[key] = self._step(row, kind, character)
+            found = self._step(row, kind, character)
+            self._remember(key, found)
         return found
+
+    def _remember(self, key: tuple[Row, str, str], step: Step) -> None:
+        if self._remembered > MAX_REMEMBERED:
+            self._steps.clear()
+            self._remembered = 0
+        self._steps[key] = step
+        self._remembered += len(step.row) + 8  # what is around them takes as much as so many
 
     def _step(self, row: Row, before: str, character: str) -> Step:
         taking, complete = self._spread((*row, self._first), before, character)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from backend.hf.transfer import to_host
 from backend.interface import Chunk, Pooling
 
 SUMS: dict[Pooling, Callable[[Tensor], Tensor]] = {  # [positions, hidden] to [hidden]
-    "mean": lambda rows: rows.float().sum(0),
+    "mean": lambda rows: rows.sum(0, dtype=torch.float32),
     "last": lambda rows: rows[-1].float(),
 }
 

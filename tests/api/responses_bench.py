@@ -116,7 +116,7 @@ def hear_everything(check: Check, **flags: object) -> list[Wish]:
     """Run `check`, answers heard by `ByPlace`. Returns the wishes that came."""
     wishes = []
 
-    def listen(_: Service, __: Sequence[int], wish: Wish) -> Hearing:
+    async def listen(_: Service, __: Sequence[int], wish: Wish) -> Hearing:
         wishes.append(wish)
         return Hearing(plain=False, ears=lambda: Ear(ByPlace()))
 

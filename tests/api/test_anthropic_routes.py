@@ -30,7 +30,7 @@ def wishes(monkeypatch: pytest.MonkeyPatch) -> list[Wish]:
     """Answers have thoughts and calls; what was wished of them is kept here."""
     kept: list[Wish] = []
 
-    def listen(_: Service, __: object, wish: Wish) -> Hearing:
+    async def listen(_: Service, __: object, wish: Wish) -> Hearing:
         kept.append(wish)
         return as_hearing(BabbleHearing(wish.thinking is True, bool(wish.tools)))
 
@@ -201,7 +201,7 @@ def test_a_conversation_with_a_schema_is_parsed_by_the_client(
 
     asked: list[Wish] = []
 
-    def listen(_: Service, __: object, wish: Wish) -> Hearing:
+    async def listen(_: Service, __: object, wish: Wish) -> Hearing:
         asked.append(wish)
         return Hearing()
 

@@ -12,6 +12,7 @@ from fastapi import Request
 from hypothesis import given, settings, strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
+from api import bodies
 from api.bodies import (
     MAX_BODY,
     Texts,
@@ -19,6 +20,7 @@ from api.bodies import (
     decode,
     described,
     in_words_of_the_client,
+    one_of,
     parse,
     parse_value,
     read_body,
@@ -244,3 +246,21 @@ def test_a_described_body_holds_its_definitions_itself() -> None:
     shown = described(Form)["requestBody"]["content"]["application/json"]["schema"]
     assert shown["properties"].keys() == Form.model_fields.keys()
     assert shown["properties"]["part"]["anyOf"][0]["properties"]["text"]["type"] == "string"
+
+
+def test_a_described_route_says_how_it_streams_and_whether_it_needs_a_body() -> None:
+    shown = described(Part, required=False, streams=["text/event-stream"])
+    assert shown["requestBody"]["required"] is False
+    assert list(shown["responses"]["200"]["content"]) == ["text/event-stream"]
+
+
+def test_a_form_that_wants_one_of_its_fields_says_so_and_stays_as_open_as_it_was() -> None:
+    class Either(bodies.Form):
+        model_config = one_of("text", "ids")
+
+        text: str | None = None
+        ids: list[int] | None = None
+
+    described_form = Either.model_json_schema()
+    assert described_form["anyOf"] == [{"required": ["text"]}, {"required": ["ids"]}]
+    assert parse(b'{"other": 1}', Either).model_extra == {"other": 1}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.auth import fingerprint
-from api.control import MAX_DRAIN_WAIT_S, VERBS, Arguments, Control, Verb
+from api.control import COMMANDS, MAX_DRAIN_WAIT_S, VERBS, Arguments, Control, Verb
 from backend.interface import BackendFailed
 from engine.dispatcher import Limits
 from engine.log import OURS
@@ -256,3 +256,10 @@ def test_an_engine_that_fails_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ScriptedPool, "flush", fail)
     answer = run(ScriptedPool(), {"cmd": "flush"})
     assert answer == {"error": "engine_failed", "message": "the engine died"}
+
+
+def test_each_verb_is_described_with_its_arguments() -> None:
+    for (name, verb), schema in zip(VERBS.items(), COMMANDS, strict=True):
+        assert schema["properties"]["cmd"] == {"const": name}
+        assert schema["properties"].keys() == {"cmd", *verb.arguments.model_fields}
+        assert "cmd" in schema["required"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,8 @@ THINKS = "{{ '<think></think>' }}"
 
 def heard(model: Dialect, wish: Wish, prompt: str = "assistant\n") -> Hearing:
     service: Any = SimpleNamespace(model=SimpleNamespace(dialect=model))
-    return listen(service, model.tokenizer.encode(prompt, add_special_tokens=False), wish)
+    ids = model.tokenizer.encode(prompt, add_special_tokens=False)
+    return asyncio.run(listen(service, ids, wish))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 
 from api.answers import Answer, Answers, Whole
-from api.openai_logprobs import LEAST, SLICE, ChatShape, CompletionShape, Offsets, Scores, Spelling
+from api.openai_logprobs import LEAST, ChatShape, CompletionShape, Offsets, Scores, Spelling
+from api.replies import SLICE
 from backend.interface import Finish, TokenLogprob
 from backend.tokenizer import ByteTokenizer
 from tests.api.hand_fed import SCORED, HandFedPool, ask, opened

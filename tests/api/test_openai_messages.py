@@ -88,7 +88,7 @@ def wishes(monkeypatch: pytest.MonkeyPatch) -> list[Wish]:
     """What was asked of the hearing, which is replaced."""
     heard: list[Wish] = []
 
-    def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
+    async def listen(service: Service, prompt: Sequence[int], wish: Wish) -> Hearing:
         heard.append(wish)
         return SpacedHearing(grammar=wish.grammar)
 

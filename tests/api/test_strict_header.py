@@ -12,28 +12,8 @@ from starlette.routing import Route
 from api import server
 from api.auth import Keys
 from tests.api.in_process import serve
+from tests.api.route_bodies import BODIES, MORE
 
-MESSAGES = [{"role": "user", "content": "hi"}]
-# A body that each route answers.
-BODIES: dict[str, dict[str, Any]] = {
-    "/generate": {"text": "hi", "sampling_params": {"max_new_tokens": 1}},
-    "/v1/completions": {"prompt": "hi", "max_tokens": 1},
-    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 1},
-    "/v1/responses": {"input": "hi", "max_output_tokens": 1},
-    "/v1/messages": {"model": "fake", "messages": MESSAGES, "max_tokens": 1},
-    "/v1/messages/count_tokens": {"model": "fake", "messages": MESSAGES},
-    "/tokenize": {"prompt": "hi"},
-    "/detokenize": {"tokens": [104]},
-    "/abort_request": {"rid": "none"},
-}
-# Routes that need more of a server than there is here: what they refuse comes first.
-MORE: dict[str, dict[str, Any]] = {
-    "/v1/embeddings": {"input": "hi"},
-    "/v1/score": {"prompt": "hi", "continuations": ["a"]},
-    "/cache/explain": {"prompt": "hi"},
-    "/pause_generation": {},
-    "/continue_generation": {},
-}
 # A verb of the control plane is strict in itself; the others read no body.
 OTHERS = ["/control", "/flush_cache", "/v1/responses/{response_id}/cancel"]
 

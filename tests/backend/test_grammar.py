@@ -10,7 +10,7 @@ import pytest
 
 from backend.grammar import KEPT, Compiled, Grammars, GrammarState, check_grammar
 from backend.grammar_forms import Tag, choice_grammar, ebnf_grammar, schema_grammar, tag_grammar
-from backend.interface import BackendSpec, Grammar, RequestRefused
+from backend.interface import BackendSpec, Grammar, GrammarKind, RequestRefused
 from backend.tokenizer import ByteTokenizer
 from tests.backend.test_interface import SPEC as PAPER
 
@@ -190,7 +190,13 @@ def test_white_space_is_a_blank_or_a_line_break_with_its_indentation(grammars: G
 
 
 def test_a_key_cannot_be_spelled_so_that_its_schema_is_evaded(grammars: Grammars) -> None:
-    grammar = schema_grammar({"type": "object", "properties": {"a": {"type": "integer"}}})
+    grammar = schema_grammar(
+        {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}},
+            "additionalProperties": True,
+        }
+    )
     assert accepts(begin(grammars, grammar), '{"a": 1, "b": "x"}')
     for text in ('{"a": "x"}', '{"\\u0061": "x"}', '{"b": 1, "a": "x"}'):
         assert not accepts(begin(grammars, grammar), text)
@@ -199,3 +205,58 @@ def test_a_key_cannot_be_spelled_so_that_its_schema_is_evaded(grammars: Grammars
 def test_a_schema_as_text_and_as_an_object_are_the_same_grammar() -> None:
     schema = {"type": "array", "items": {"enum": ["é", 1.5, None]}}
     assert schema_grammar(schema) == schema_grammar(json.dumps(schema))
+
+
+HALF = "\\ud800"  # of a surrogate pair, as JSON spells it
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("regex", json.loads(f'"a{HALF}"')),
+        ("lark", json.loads(f'"start: /a{HALF}/"')),
+        ("json_schema", f'{{"const": "a{HALF}"}}'),
+        ("json_schema", '{"type": "number", "minimum": NaN}'),
+        ("json_schema", '{"type": "integer", "maximum": 1e999}'),
+        ("json_schema", f'{{"type": "integer", "minimum": {"1" * 4000}}}'),
+        ("json_schema", f'{{"const": {"[" * 900}{"]" * 900}}}'),
+    ],
+    ids=["regex", "lark", "schema", "nan", "infinity", "large", "deep"],
+)
+def test_what_no_parser_can_read_is_refused(kind: GrammarKind, text: str) -> None:
+    with pytest.raises(RequestRefused):
+        check_grammar(Grammar(kind, text))
+
+
+def chain(length: int) -> list[tuple[str, dict[str, object]]]:
+    """Definitions that lead from a0 to the last one."""
+    links: list[tuple[str, dict[str, object]]] = [
+        (f"a{at}", {"type": "array", "items": {"$ref": f"#/$defs/a{at + 1}"}})
+        for at in range(length)
+    ]
+    return [*links, (f"a{length}", {"type": "string"})]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_definitions_that_lead_on_and_on_are_refused_before_a_stack_overflows(turned: bool) -> None:
+    for length, fits in ((300, True), (3000, False)):
+        definitions = chain(length)
+        schema = {"$defs": dict(definitions[::-1] if turned else definitions), "$ref": "#/$defs/a0"}
+        if fits:
+            check_grammar(schema_grammar(schema))
+        else:
+            with pytest.raises(RequestRefused, match="levels deep"):
+                check_grammar(schema_grammar(schema))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "start: r0\n" + "".join(f"r{at}: ((((r{at + 1}))))\n" for at in range(400)) + 'r400: "a"',
+        "start: " + '"a" ' * 5000,
+    ],
+    ids=["rules", "length"],
+)
+def test_a_large_ebnf_is_refused(text: str) -> None:
+    with pytest.raises(RequestRefused, match="the EBNF has"):
+        ebnf_grammar(text)

@@ -11,14 +11,25 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Seen when this folder is what pytest is asked for."""
     parser.addoption("--server", help="the URL of a server that is ready")
+    parser.addoption("--fake-server", help="the same of one with the fake backend")
 
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> str:
     """Its URL."""
-    url: str | None = request.config.getoption("--server", default=None)
+    return _given(request, "--server")
+
+
+@pytest.fixture(scope="session")
+def fake_server(request: pytest.FixtureRequest) -> str:
+    """The URL of another, which answers at once and what it likes."""
+    return _given(request, "--fake-server")
+
+
+def _given(request: pytest.FixtureRequest, option: str) -> str:
+    url: str | None = request.config.getoption(option, default=None)
     if not url:
-        pytest.skip("no --server: run by `make client-wall`")
+        pytest.skip(f"no {option}: run by `make client-wall`")
     return url
 
 

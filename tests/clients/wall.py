@@ -1,4 +1,5 @@
-"""`make client-wall`: a server with the small model, and pytest of another environment over it.
+"""`make client-wall`: a server with the small model, one with the fake backend, and pytest of
+another environment over both.
 
 python -m tests.clients.wall .venv-clients/bin/python [pytest's arguments]
 """
@@ -17,8 +18,9 @@ OPTIONS = ("--confcutdir", str(HERE), "-o", "addopts=--import-mode=importlib", "
 
 def main(python: str, *arguments: str) -> int:
     """Exit code of the tests."""
-    with own_server() as url:
-        command = [python, "-m", "pytest", *OPTIONS, "--server", url, *(arguments or (str(HERE),))]
+    with own_server() as url, own_server(BACKEND_IMPL="fake") as fake_url:
+        servers = ("--server", url, "--fake-server", fake_url)
+        command = [python, "-m", "pytest", *OPTIONS, *servers, *(arguments or (str(HERE),))]
         return subprocess.run(command, cwd=HERE.parent.parent, check=False).returncode
 
 

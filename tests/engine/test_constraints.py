@@ -120,6 +120,23 @@ def test_a_grammar_that_cannot_be_compiled_is_one_clean_error(depth: int) -> Non
     assert free.finishes == [Finish("length")]
 
 
+class ParserPanic(BaseException):
+    """As Rust's panics come to Python: no Exception."""
+
+
+def test_a_defect_of_the_compiler_ends_one_answer_and_no_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*given: Any) -> Compiled:
+        raise ParserPanic
+
+    monkeypatch.setattr(backend.grammar, "compile_grammar", broken)
+    bench = Bench()
+    failed, free = bench.run(bound("bound"), ask("free"))
+    assert [finish.reason for finish in failed.finishes] == ["error"]
+    assert free.finishes == [Finish("length")]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_bound_sequence_that_yields_comes_back_to_where_its_grammar_was(depth: int) -> None:
     asked = [

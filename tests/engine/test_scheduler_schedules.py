@@ -8,7 +8,9 @@ from unittest.mock import patch
 from hypothesis import given, settings, strategies as st
 
 from backend.interface import BackendSpec, RequestRefused, SamplingParams, Submission, Wants
+from tests.conformance.driver import Answer
 from tests.engine.scheduler_bench import Bench, alone
+from tests.engine.test_constraints import TEXT, bound, compiled, text
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,18 @@ def events(draw: st.DrawFn) -> list[Event]:
     return result
 
 
+def play(bench: Bench, accepted: list[Event]) -> None:
+    """Let everybody come, and some go, until nobody is left."""
+    for step in range(24):  # the last arrival, and the last cancel behind it
+        for event in accepted:
+            if event.arrival == step:
+                bench.submit(event.submission)
+            if event.cancel_after is not None and event.arrival + event.cancel_after == step:
+                cancel(bench, event.submission.id)
+        bench.advance()
+    bench.drain(limit=24 + 4 * sum(positions(event.submission) for event in accepted))
+
+
 BENCHES: st.SearchStrategy[Bench] = st.builds(
     Bench,
     pages=st.integers(4, 14),
@@ -110,17 +124,64 @@ def test_any_schedule_answers_as_one_by_one_and_brings_every_page_home(
 ) -> None:
     accepted = [event for event in schedule if fits(bench.spec, event.submission)]
     with patch("engine.scheduler.HEADROOM_TOKENS", headroom):  # 0: whoever can yields
-        for step in range(24):  # the last arrival, and the last cancel behind it
-            for event in accepted:
-                if event.arrival == step:
-                    bench.submit(event.submission)
-                if event.cancel_after is not None and event.arrival + event.cancel_after == step:
-                    cancel(bench, event.submission.id)
-            bench.advance()
-        bench.drain(limit=24 + 4 * sum(positions(event.submission) for event in accepted))
+        play(bench, accepted)
     assert bench.step_tokens == sum(plan.tokens for plan in bench.recorder.plans)
     for event in accepted:
         holds(bench, event)
+
+
+BOUND = bound("b", new=12)
+WHOLE = Bench().run(BOUND)[0].tokens  # depends on nothing but the prompt: it is greedy
+
+
+@st.composite
+def bound_events(draw: st.DrawFn) -> Event:
+    """A bound answer, from its beginning or further on, cut short or not."""
+    received = draw(st.integers(0, len(WHOLE) - 1))
+    new = draw(st.integers(max(1, received), 12))
+    id = f"bound {draw(st.integers(0, 1 << 20))}"
+    submission = bound(id, BOUND.prompt, new=new, received=tuple(WHOLE[:received]))
+    return Event(submission, draw(st.integers(0, 10)), draw(st.none() | st.integers(0, 12)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bench=BENCHES,
+    free=events(),
+    bounds=st.lists(bound_events(), min_size=1, max_size=3, unique_by=lambda e: e.submission.id),
+    headroom=st.sampled_from([0, 64]),
+)
+def test_bound_rows_keep_to_their_grammar_in_any_schedule_and_change_nobody_else(
+    bench: Bench, free: list[Event], bounds: list[Event], headroom: int
+) -> None:
+    compiled(bench, BOUND).result(10)  # steps are counted below: none waits for it
+    accepted = [event for event in [*bounds, *free] if fits(bench.spec, event.submission)]
+    with patch("engine.scheduler.HEADROOM_TOKENS", headroom):
+        play(bench, accepted)
+    for event in accepted:
+        if event in free:
+            holds(bench, event)
+        else:
+            keeps_to_its_grammar(bench, event)
+    assert not bench.backend.load().running
+    bench.advance()
+    assert not bench.backend._constraints  # type: ignore[attr-defined]
+    bench.backend.close()
+
+
+def keeps_to_its_grammar(bench: Bench, event: Event) -> None:
+    got, asked = bench.answers[event.submission.id], event.submission
+    tokens = [*asked.received, *got.tokens]
+    (finish,) = got.finishes
+    assert tokens == WHOLE[: len(tokens)]
+    if finish.reason == "stop":
+        assert tokens == WHOLE
+        assert TEXT.fullmatch(text(Answer(tokens)))
+    elif finish.reason == "length":
+        assert len(tokens) == asked.max_new_tokens < len(WHOLE)
+    else:
+        assert finish.reason == "abort"
+        assert event.cancel_after is not None
 
 
 def fits(spec: BackendSpec, submission: Submission) -> bool:

@@ -157,3 +157,9 @@ def test_what_an_automaton_cannot_do_is_refused_by_name(pattern: str, why: str) 
 def test_more_patterns_than_are_allowed_are_refused() -> None:
     with pytest.raises(RequestRefused, match="33 patterns"):
         stop_patterns(["a"] * 33)
+
+
+@pytest.mark.parametrize("pattern", ["a{4000000000}", "a{0,4000000000}", "(?:b|){4000000000}c"])
+def test_a_count_that_no_memory_holds_is_refused(pattern: str) -> None:
+    with pytest.raises(RequestRefused, match="stop_regex"):
+        stop_patterns(pattern)
