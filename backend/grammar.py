@@ -94,33 +94,22 @@ class GrammarState:
     """How far one answer has come in its grammar. One owner: its sequence."""
 
     def __init__(self, compiled: Compiled, matcher: LLMatcher) -> None:
-        self._compiled = compiled
-        self._matcher = matcher
+        self.compiled = compiled
+        self.matcher = matcher
 
     @property
     def complete(self) -> bool:
         """Whether nothing but an end token can follow."""
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+        return bool(self.matcher.is_stopped()) and not self.matcher.is_error()
 
     @property
     def error(self) -> str | None:
         """Why the answer cannot go on: a token that the grammar does not allow, or a limit."""
-        return _brief(self._matcher.get_error()) if self._matcher.is_error() else None
+        return _brief(self.matcher.get_error()) if self.matcher.is_error() else None
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take tokens of the answer."""
-        self._matcher.consume_tokens(list(tokens))
-
-    def mask(self, may_end: bool) -> TokenMask:
-        """What may be drawn next. End tokens are among it where the answer may end here; without
-        `may_end`, only where nothing else is.
-        """
-        mask = np.zeros_like(self._compiled.ends)
-        fill_next_token_bitmask(self._matcher, mask[None, : self._compiled.words])
-        if not may_end:
-            rest = mask & ~self._compiled.ends
-            return rest if rest.any() else mask
-        return mask
+        self.matcher.consume_tokens(list(tokens))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -175,6 +164,22 @@ class Grammars:
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
         return found
+
+    def masks(self, asked: Sequence[tuple[GrammarState, bool]]) -> list[TokenMask]:
+        """What may be drawn next in each state. End tokens are among it where the answer may end
+        there; with False beside the state, only where nothing else is.
+        """
+        if not asked:
+            return []
+        compiled = asked[0][0].compiled  # of one tokenizer, as all of them
+        masks = np.zeros((len(asked), compiled.words), dtype=np.int32)
+        for row, (state, _) in enumerate(asked):  # threads take turns: copies share a lock
+            fill_next_token_bitmask(state.matcher, masks, row)
+        masks = np.pad(masks, ((0, 0), (0, len(compiled.ends) - compiled.words)))
+        for row, (_, may_end) in enumerate(asked):
+            if not may_end and (rest := masks[row] & ~compiled.ends).any():
+                masks[row] = rest
+        return list(masks)
 
     def close(self) -> None:
         """Compile nothing more."""

@@ -56,10 +56,11 @@ class BoundSequence(Sequence):
             return Finish("error", message=f"the answer left its grammar: {state.error}")
         return Finish("stop") if state.complete else None
 
-    def mask(self) -> TokenMask:
-        """What the token after the settled ones may be."""
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer is as long as it has to be at least."""
         drawn = len(self.ids) - len(self.submission.prompt)
-        return self.following.mask(may_end=drawn >= self.submission.sampling.min_new_tokens)
+        return drawn >= self.submission.sampling.min_new_tokens
 
     def setup(self) -> SlotSetup:
         """When the answer may end is in its masks: the device knows no grammar."""
@@ -138,6 +139,14 @@ class Constraints:
             for index, chunk in enumerate(chunks)
             if chunk.samples and chunk.slot in here
         }
+
+    def masks(self, bound: Mapping[int, BoundSequence]) -> dict[int, TokenMask]:
+        """What the tokens after the settled ones may be, by the index of a chunk, of all sequences
+        that stay.
+        """
+        staying = {index: each for index, each in bound.items() if not each.leaving}
+        asked = [(each.following, each.may_end) for each in staying.values()]
+        return dict(zip(staying, self._grammars.masks(asked), strict=True))
 
     def close(self) -> None:
         """Compile nothing more."""

@@ -171,9 +171,7 @@ class Scheduler:
         if bound:
             while self._flights:
                 self._settle(self._flights.popleft(), output)
-            staying = {index: each for index, each in bound.items() if not each.leaving}
-            masks = {index: each.mask() for index, each in staying.items()}
-            self.executor.sample(handle, masks)
+            self.executor.sample(handle, self._constraints.masks(bound))
         self._flights.append(Flight(plan, draft.sequences, handle, launched))
         return output
 

@@ -149,6 +149,7 @@ class HfExecutor:
         return StepGraphs(
             DecodeGraphs(
                 self._decode_any_length,
+                self._sampler.draw_bound,
                 recorder,
                 spec.max_running,
                 spec.vocabulary,
@@ -209,6 +210,11 @@ class HfExecutor:
         slots, positions = undrawn.slots, undrawn.positions
         if tokens is None:
             return self._sampler.sample(logits, slots, positions, masks)
+        assert self._graphs is not None
+        if masks:
+            redrawn = self._graphs.decodes.redraw(len(slots), masks)
+            if redrawn is not None:
+                tokens, masks = redrawn, self._sampler.edited(slots, masks)
         self._sampler.redraw(logits, tokens, slots, positions, masks)
         return tokens
 

@@ -26,6 +26,15 @@ def to_device(
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def stacked(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
+    """Arrays of one shape as the rows of a tensor, that operations queued from now on see."""
+    rows = torch.from_numpy(np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype))
+    if device.type == "cuda":
+        rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    np.stack(arrays, out=rows.numpy())
+    return rows.to(device, non_blocking=True)
+
+
 def send(values: HostValues, target: Tensor) -> None:
     """Put `values` into `target`, of the same shape, for operations queued from now on."""
     host = torch.as_tensor(values, dtype=target.dtype)

@@ -10,7 +10,7 @@ import pytest
 
 from backend.grammar import KEPT, Compiled, Grammars, GrammarState, check_grammar
 from backend.grammar_forms import Tag, choice_grammar, ebnf_grammar, schema_grammar, tag_grammar
-from backend.interface import BackendSpec, Grammar, GrammarKind, RequestRefused
+from backend.interface import BackendSpec, Grammar, GrammarKind, RequestRefused, TokenMask
 from backend.tokenizer import ByteTokenizer
 from tests.backend.test_interface import SPEC as PAPER
 
@@ -18,9 +18,12 @@ END = ByteTokenizer.EOS
 SPEC = replace(PAPER, vocabulary=300, stop_ids=(END, 7))  # more ids than the tokenizer has
 
 
+GRAMMARS = Grammars(SPEC)
+
+
 @pytest.fixture(scope="module")
 def grammars() -> Grammars:
-    return Grammars(SPEC)
+    return GRAMMARS
 
 
 def begin(grammars: Grammars, grammar: Grammar, text: str = "") -> GrammarState:
@@ -28,7 +31,11 @@ def begin(grammars: Grammars, grammar: Grammar, text: str = "") -> GrammarState:
 
 
 def allowed(state: GrammarState, may_end: bool = True) -> set[int]:
-    mask = state.mask(may_end)
+    (mask,) = GRAMMARS.masks([(state, may_end)])
+    return ids_in(mask)
+
+
+def ids_in(mask: TokenMask) -> set[int]:
     assert (mask.dtype.name, len(mask)) == ("int32", 10)
     return {id for id in range(320) if mask[id // 32] >> (id % 32) & 1}
 
@@ -40,6 +47,16 @@ def accepts(state: GrammarState, text: str) -> bool:
             return False
         state.advance([id])
     return END in allowed(state)
+
+
+def test_masks_of_several_answers_are_those_of_each(grammars: Grammars) -> None:
+    grammar = Grammar("regex", "ab*c?")
+    texts = ("", "a", "ab")
+    asked = [(begin(grammars, grammar, text), True) for text in texts]
+    together = [ids_in(mask) for mask in grammars.masks(asked)]
+    assert together == [allowed(begin(grammars, grammar, text)) for text in texts]
+    assert together[0] != together[1]
+    assert grammars.masks([]) == []
 
 
 def test_only_what_may_follow_is_allowed_and_all_end_tokens_where_it_may_end(

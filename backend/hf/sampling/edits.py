@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.hf.sampling.masks import forbid, pack
 from backend.hf.sampling.penalties import PenalisedRows
-from backend.hf.transfer import to_device
+from backend.hf.transfer import stacked, to_device
 from backend.interface import SlotSetup, TokenMask
 
 Array = np.ndarray[Any, Any]
@@ -54,9 +53,6 @@ class SlotEdits:
         return self.penalised or len(self.biased) > 0 or position < self.min_position
 
 
-NO_EDITS = SlotEdits(False, NOTHING, NOTHING.astype(np.float32), NOTHING, 0)
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class RowEdits:
     """The rows of a batch that edit their logits, those with a mask first. A cell is
@@ -67,16 +63,11 @@ class RowEdits:
     slots: Tensor  # [edited] int64
     positions: Tensor  # [edited] int64
     on_host: tuple[int, ...]  # the slots again
-    masks: Tensor | None  # [masked, bytes] uint8, see `masks.pack`
+    masks: Tensor | None  # [masked, words] int32
     penalised: PenalisedRows | None
     biased: Tensor  # [entries] int64 cells
     biases: Tensor | None  # [entries] float32; None: there are none
     forbidden: Tensor  # [cells] int64
-
-    def mask(self, logits: Tensor) -> None:
-        """Forbid in `logits` [edited, vocabulary] float32 what grammars do not allow, in place."""
-        if self.masks is not None:
-            forbid(logits[: len(self.masks)], self.masks)
 
     def apply(self, logits: Tensor) -> None:
         """Bias `logits` [edited, vocabulary] float32, contiguous, and forbid stopping, in place.
@@ -117,31 +108,30 @@ def edits_of(
     rows = [*masks, *_asking(edits, slots, positions, masks)]
     if not rows:
         return None
-    asking = [edits.get(slots[row], NO_EDITS) for row in rows]
     at = [positions[row] for row in rows]
     on_host = tuple(slots[row] for row in rows)
-    penalised = [index for index, edit in enumerate(asking) if edit.penalised]
+    asking = {index: edits[slot] for index, slot in enumerate(on_host) if slot in edits}
+    penalised = [index for index, edit in asking.items() if edit.penalised]
     penalised_slots = tuple(on_host[index] for index in penalised)
-    starts = range(0, len(rows) * vocabulary, vocabulary)  # of the edited rows, in cells
-    biased = [start + edit.biased for start, edit in zip(starts, asking, strict=True)]
+    biased = [index * vocabulary + edit.biased for index, edit in asking.items()]
     forbidden = [
-        start + edit.stop_ids
-        for start, edit, position in zip(starts, asking, at, strict=True)
-        if position < edit.min_position
+        index * vocabulary + edit.stop_ids
+        for index, edit in asking.items()
+        if at[index] < edit.min_position
     ]
     lists = [rows, on_host, at, penalised, penalised_slots]
     parts = [np.asarray(part, dtype=np.int64) for part in lists]
     parts += [np.concatenate([*cells, NOTHING]) for cells in (biased, forbidden)]
     sent = to_device(np.concatenate(parts), device).split([len(part) for part in parts])
-    biases = np.concatenate([edit.biases for edit in asking])
+    biases = [edit.biases for edit in asking.values() if len(edit.biases)]
     return RowEdits(
         rows=sent[0],
         slots=sent[1],
         positions=sent[2],
         on_host=on_host,
-        masks=pack(list(masks.values()), device) if masks else None,
+        masks=stacked(list(masks.values()), device) if masks else None,
         penalised=PenalisedRows(sent[3], sent[4], penalised_slots) if penalised else None,
         biased=sent[5],
-        biases=to_device(biases, device, torch.float32) if len(biases) else None,
+        biases=to_device(np.concatenate(biases), device, torch.float32) if biases else None,
         forbidden=sent[6],
     )

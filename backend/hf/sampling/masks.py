@@ -1,35 +1,35 @@
-"""What a grammar allows each row to draw: packed on the host, unpacked where the logits are."""
+"""What a grammar allows each row to draw: words of 32 bits on their way to the logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from backend.hf.transfer import to_device
-from backend.interface import TokenMask
 
 SLICE = 16  # rows at a time: what is unpacked is as large as their logits
 
 
-def pack(masks: Sequence[TokenMask], device: torch.device) -> Tensor:
-    """Masks on their way to `device`, [masks, bytes] uint8."""
-    return to_device(np.stack(masks).view(np.uint8), device, torch.uint8)
-
-
-def forbid(logits: Tensor, packed: Tensor) -> None:
-    """Set to -inf what is not in the masks [rows, bytes] of `logits` [rows, vocabulary] float32, in
-    place.
+def copy_rows(logits: Tensor, rows: Tensor, masks: Tensor | None) -> Tensor:
+    """Copies [rows, vocabulary] of `rows` of `logits`, the first of them bound by `masks` [masked,
+    words] int32.
     """
-    table = _added(logits.device)
+    copies = logits.index_select(0, rows)
+    if masks is not None:
+        forbid(copies[: len(masks)], masks)
+    return copies
+
+
+def forbid(logits: Tensor, masks: Tensor) -> None:
+    """Set to -inf what is not in the masks [rows, words] int32 of `logits` [rows, vocabulary]
+    float32, in place.
+    """
+    table, octets = _added(logits.device), masks.view(torch.uint8)
     for start in range(0, len(logits), SLICE):
-        rows, masks = logits[start : start + SLICE], packed[start : start + SLICE]
+        rows, own = logits[start : start + SLICE], octets[start : start + SLICE]
         # a tenth of the time that masked_fill takes on a CPU
-        added = table.index_select(0, masks.flatten().int()).view(len(rows), -1)
+        added = table.index_select(0, own.flatten().int()).view(len(rows), -1)
         rows += added[:, : rows.shape[1]]
 
 

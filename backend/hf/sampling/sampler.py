@@ -34,6 +34,11 @@ class Draw(Protocol):
     ) -> Tensor:
         """The arguments and the result are those of `Sampler.draw`."""
 
+    def copies(self, logits: Tensor, rows: Tensor, masks: Tensor | None) -> Tensor:
+        """Copies [rows, vocabulary] of `rows` [rows] int64 of `logits`, to be edited. The first of
+        them keep what `masks` [masked, words] int32 allow, see `TokenMask`; the rest is -inf.
+        """
+
 
 class Sampler:
     """Draws the next token of each row and advances its slot. One owner: the executor.
@@ -57,6 +62,11 @@ class Sampler:
         """
         return self._draw(logits, slots, positions, on_host)
 
+    def draw_bound(self, logits: Tensor, slots: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
+        """`draw` of rows that are bound by `masks` [rows, words] int32. For a graph."""
+        rows = torch.arange(len(logits), device=logits.device)
+        return self._draw(self._draw.copies(logits, rows, masks), slots, positions, ())
+
     def redraw(
         self,
         logits: Tensor,
@@ -75,6 +85,12 @@ class Sampler:
         edits = self._edits(slots, positions, masks)
         if edits is not None:
             self._draw_edited(logits, tokens, edits)
+
+    def edited(
+        self, slots: Sequence[int], masks: Mapping[int, TokenMask]
+    ) -> Mapping[int, TokenMask]:
+        """Those of `masks` whose rows may edit their logits otherwise, too."""
+        return {row: mask for row, mask in masks.items() if slots[row] in self._states.edits}
 
     def sample(
         self,
@@ -108,8 +124,7 @@ class Sampler:
 
     def _draw_edited(self, logits: Tensor, tokens: Tensor, edits: RowEdits) -> None:
         states = self._states
-        edited = logits.index_select(0, edits.rows)
-        edits.mask(edited)
+        edited = self._draw.copies(logits, edits.rows, edits.masks)
         if edits.penalised is not None:
             states.penalties.apply(edited, edits.penalised)
         edits.apply(edited)

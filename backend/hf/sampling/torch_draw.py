@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backend.hf.sampling.draw import DrawParams, Filters, draw, uniform
+from backend.hf.sampling.masks import copy_rows
 from backend.hf.sampling.slots import SlotStates
 from backend.hf.transfer import to_device
 from backend.interface import SamplingParams
@@ -47,6 +48,10 @@ class TorchDraw:
         tokens = _choose(logits, self._plan(tuple(on_host)), positions)
         self._states.last_token.index_copy_(0, slots, tokens)
         return tokens
+
+    def copies(self, logits: Tensor, rows: Tensor, masks: Tensor | None) -> Tensor:
+        """See `Draw`."""
+        return copy_rows(logits, rows, masks)
 
     def _plan(self, slots: tuple[int, ...]) -> RowPlan:
         """Made anew only when the rows have changed."""

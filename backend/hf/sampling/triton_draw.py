@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backend.hf.kernels.chip import hopper_or_later
 from backend.hf.kernels.draw import settle_kernel, survey_kernel
+from backend.hf.kernels.mask_rows import mask_rows
 from backend.hf.sampling.slots import SlotStates
 
 CHUNK = 128  # tokens with a maximum of their own, for rows with top_k
@@ -80,3 +81,7 @@ class TritonDraw:
             launch_pdl=self._overlapped,
         )  # fmt: skip
         return tokens
+
+    def copies(self, logits: Tensor, rows: Tensor, masks: Tensor | None) -> Tensor:
+        """See `Draw`."""
+        return logits.index_select(0, rows) if masks is None else mask_rows(logits, rows, masks)

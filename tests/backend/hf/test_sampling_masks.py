@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from backend.hf.sampling import Sampler, open_sampler
-from backend.hf.sampling.masks import SLICE, forbid, pack
+from backend.hf.sampling.masks import SLICE, forbid
+from backend.hf.transfer import stacked
 from backend.interface import TokenMask
 from tests.backend.hf.test_sampling import (
     FIELDS,
@@ -43,7 +45,7 @@ def test_what_is_not_in_the_mask_is_forbidden_and_the_rest_is_as_it_was(
     sets = [set(rng.sample(range(vocabulary), 9)) for _ in range(rows)]
     logits = random_rows(rows, vocabulary)
     expected = [only(row, allowed) for row, allowed in zip(logits.tolist(), sets, strict=True)]
-    forbid(logits, pack([mask_of(allowed, vocabulary) for allowed in sets], logits.device))
+    forbid(logits, stacked([mask_of(allowed, vocabulary) for allowed in sets], logits.device))
     assert logits.tolist() == expected
 
 
@@ -93,23 +95,29 @@ def test_what_a_bound_row_drew_is_its_next_input_and_counts_for_its_penalties() 
 
 
 @pytest.mark.gpu
-def test_a_cuda_device_draws_bound_rows_as_a_cpu_does() -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_cuda_device_draws_of_bound_rows_what_it_draws_of_the_allowed(kernels: bool) -> None:
     rng = random.Random(7)
     setups = [setup_for(slot, sampling) for slot, sampling in enumerate(FIELDS.values())]
-    rows, slots = len(setups), list(range(len(setups)))
-    logits = random_rows(rows, LARGE)
-    masks = {row: mask_of(set(rng.sample(range(LARGE), 30)), LARGE) for row in range(0, rows, 2)}
+    slots = list(range(len(setups)))
+    logits = random_rows(len(setups), LARGE)
+    allowed = {row: set(rng.sample(range(LARGE), 30)) for row in slots[::2]}
+    masks = {row: mask_of(each, LARGE) for row, each in allowed.items()}
+    rest = [
+        only(row, allowed[index]) if index in allowed else row
+        for index, row in enumerate(logits.tolist())
+    ]
 
-    def drawn(device: str, kernels: bool) -> list[list[int]]:
-        states, sampler = open_sampler(rows, LARGE, device, kernels)
+    def drawn(given: Tensor, masks: Mapping[int, TokenMask]) -> list[list[int]]:
+        states, sampler = open_sampler(len(setups), LARGE, "cuda", kernels)
         states.take(setups)
-        return [_step(sampler, logits.to(device), slots, masks, at) for at in (50, 51)]
+        return [_step(sampler, given.to("cuda"), slots, masks, at) for at in (50, 51)]
 
-    assert drawn("cuda", True) == drawn("cpu", False)
+    assert drawn(logits, masks) == drawn(torch.tensor(rest), {})
 
 
 def _step(
-    sampler: Sampler, logits: Tensor, slots: list[int], masks: dict[int, TokenMask], at: int
+    sampler: Sampler, logits: Tensor, slots: list[int], masks: Mapping[int, TokenMask], at: int
 ) -> list[int]:
     """A step as a graph has it: all are drawn, and then again those that are bound or edited."""
     positions = [at] * len(slots)
