@@ -48,7 +48,7 @@ UNSERVED: Mapping[str, Any] = {
     "logits_processors": [],
     "custom_logit_processor": None,
     "custom_params": None,
-    "lora_path": None,
+    "lora_path": "",
     "prompt_cache_options": None,
     "store": False,
 }

@@ -25,7 +25,7 @@ async def first_pieces(
     try:
         while not coming.done():
             comment = progress_of(answers)
-            if comment != told:
+            if comment and comment != told:
                 await tell(comment)
                 told = comment
             await asyncio.wait((coming,), timeout=PERIOD_S)

@@ -128,9 +128,12 @@ def model_info(service: Service) -> dict[str, Any]:
 
 
 def server_info(service: Service) -> dict[str, Any]:
-    """This process: versions, every flag's value (keys as asterisks), the engines."""
+    """This process: versions, every flag's value (keys as asterisks), the engines. SGLang's clients
+    read `page_size`: cached tokens are counted in whole pages.
+    """
     return {
         "state": service.pool.state,
+        "page_size": service.settings.backend.cache.page_tokens,
         "uptime_s": round(process_age(), 1),
         "versions": versions(PACKAGES),
         "settings": _settings(service.settings),

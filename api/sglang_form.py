@@ -63,7 +63,7 @@ UNSERVED: Mapping[str, Any] = {
     "return_entropy": False,
     "return_bytes": False,
     "session_params": None,
-    "lora_path": None,
+    "lora_path": "",
     "lora_id": None,
     "custom_logit_processor": None,
     "multi_item_delimiter_indices": None,

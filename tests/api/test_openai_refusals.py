@@ -233,7 +233,7 @@ Unserved = list[tuple[str, list[Any], Any]]  # field, what asks for something, w
 
 UNSERVED: Unserved = [
     ("prompt_logprobs", [0, 1], None),
-    ("lora_path", ["a"], None),
+    ("lora_path", ["a"], ""),
     ("use_beam_search", [True], False),
     ("bad_words", [["a"]], []),
     ("allowed_token_ids", [[1]], None),

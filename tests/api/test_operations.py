@@ -200,6 +200,11 @@ def test_server_info_tells_no_secret(path: str) -> None:
     assert len(info["replicas"]) == 1
 
 
+def test_server_info_says_in_how_many_tokens_the_cache_counts() -> None:
+    info = ready().get("/server_info").json()
+    assert info["page_size"] == info["settings"]["backend"]["cache"]["PAGE_SIZE_TOKENS"]
+
+
 @pytest.mark.parametrize("path", ["/health", "/stats", "/metrics", "/server_info"])
 def test_numbers_are_there_while_the_engines_start(path: str) -> None:
     assert starting().get(path).status_code == 200

@@ -19,7 +19,7 @@ class Person(BaseModel):
     age: int = Field(ge=0, le=150)
 
 
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA", "JSON"])
+@pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
 def test_a_person_is_read_from_a_sentence(mode: str, base_url: str, model: str) -> None:
     from openai import OpenAI
 
