@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -26,13 +25,13 @@ from bench.comparison import PEERS, Comparison, compare, order_for
 from bench.decode_step import BATCHES, CONTEXT, DecodeStep, decode_step, measure_batches
 from bench.device import describe, measure_ceiling
 from bench.drive import Driver, Measured
+from bench.opened_engine import opened
 from bench.progress import progress_bar
 from bench.roofline import Ceiling, roofline_share
 from bench.script import Parser, positive, run_script, start_log
 from bench.summary import Summary, median_index, spread, summarise
 from bench.workloads import WORKLOADS, Workload, repeated
 from config import Settings, read_settings
-from engine.collector import settle_collector
 from engine.versions import versions
 
 if TYPE_CHECKING:
@@ -83,17 +82,6 @@ def choose(options: argparse.Namespace, llm: LLM) -> Workload:
         return workload.first(options.num_requests) if options.num_requests else workload
     prompt = tuple(llm.tokenizer.encode(options.prompt or "Hello mini-sglang"))
     return repeated(prompt, options.max_new_tokens or 128, options.num_requests or 1)
-
-
-@contextmanager
-def opened(settings: Settings) -> Iterator[LLM]:
-    """The engine of these settings, prepared, with the collector as an engine process has it."""
-    from engine.llm import LLM  # after the flags, so that a wrong one is told at once
-
-    with LLM(settings) as llm:
-        settle_collector()
-        llm.prepare()
-        yield llm
 
 
 def measure(llm: LLM, workload: Workload, concurrency: int, repeat: int) -> list[Measured]:

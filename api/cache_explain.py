@@ -113,7 +113,7 @@ async def _encode(service: Service, body: ExplainBody, source: str) -> list[int]
 
 
 def _check(ids: list[int], service: Service, source: str) -> None:
-    """Raise ApiError for what no engine would take."""
+    """Raise ApiError or RequestRefused for what no engine would take."""
     spec = service.model.spec
     if not ids:
         raise refused(f"{source} is empty: give at least one token", source)
@@ -121,10 +121,7 @@ def _check(ids: list[int], service: Service, source: str) -> None:
         raise refused(
             f"{source} of {len(ids):,} tokens exceeds the context of {spec.max_model_len:,}", source
         )
-    if not (min(ids) >= 0 and max(ids) < spec.vocabulary):
-        wrong = next(id for id in ids if not 0 <= id < spec.vocabulary)
-        message = f"{source} holds token id {wrong}, outside the vocabulary of {spec.vocabulary}"
-        raise refused(message, source)
+    spec.check_ids(source, ids)
 
 
 def _replica(found: Explanation, ids: list[int], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class BackendSpec:
             ("stop_token_ids", submission.sampling.stop_token_ids),
             ("logit_bias", [token for token, _ in submission.sampling.logit_bias]),
         ):
-            self._check_ids(name, ids)
+            self.check_ids(name, ids)
         start = submission.wants.prompt_logprobs_from
         if start is not None and start >= len(prompt):
             raise RequestRefused(
@@ -109,7 +109,8 @@ class BackendSpec:
                 "pooling is of the prompt alone: ask for no tokens (max_new_tokens 0)", "pooling"
             )
 
-    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+    def check_ids(self, name: str, ids: Sequence[int]) -> None:
+        """Raise RequestRefused naming `name` if it holds what is no token id of this model."""
         if not set(map(type, ids)) <= {int}:
             wrong = next(token for token in ids if type(token) is not int)
             raise RequestRefused(f"{name} must hold token ids, holds {wrong!r}", name)

@@ -15,10 +15,10 @@ from backend.interface import BackendSpec, Grammar
 from bench.card import finish, show
 from bench.decode_step import BATCHES, CONTEXT, rows
 from bench.drive import Driver, Steppable
+from bench.opened_engine import opened
 from bench.script import Parser, positive, run_script, start_log
 from bench.summary import percentile
 from config import read_settings
-from engine.collector import settle_collector
 
 GRAMMARS: dict[str, Grammar | None] = {  # each for longer than any run
     "free": None,
@@ -76,11 +76,7 @@ def main() -> int:
     options = parser.parse_args()
     settings = read_settings()
     start_log(settings.log_level)
-    from engine.llm import LLM  # after the flags, so that a wrong one is told at once
-
-    with LLM(settings) as llm:
-        settle_collector()
-        llm.prepare()
+    with opened(settings) as llm:
         spec = llm.spec
         found = list(measure(llm.engine, spec, options.repeat))
     show(

@@ -14,11 +14,12 @@ from bench.card import show
 from bench.cuda_check.kernels import kernels_of_a_step
 from bench.cuda_check.steps import HEADER, steps_beside_floor
 from bench.drive import Driver
+from bench.opened_engine import opened
 from bench.roofline import Ceiling
 from bench.summary import Record, percentile
 from bench.workloads import Workload, alike, reference
 from config import Settings
-from local_bench import Result, ceiling_of, facts, fold, measure, opened
+from local_bench import Result, ceiling_of, facts, fold, measure
 
 if TYPE_CHECKING:
     from engine.llm import LLM

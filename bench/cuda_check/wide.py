@@ -12,10 +12,11 @@ from backend.interface import BackendSpec
 from bench.card import show
 from bench.cuda_check.speed import Results, about, alone, run, run_again, run_reference
 from bench.cuda_check.steps import HEADER, steps_beside_floor
+from bench.opened_engine import opened
 from bench.roofline import Ceiling
 from bench.workloads import alike, shared_prefixes
 from config import Settings
-from local_bench import ceiling_of, opened
+from local_bench import ceiling_of
 
 if TYPE_CHECKING:
     from engine.llm import LLM

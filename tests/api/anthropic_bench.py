@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import httpx
-import httpx2
 from anthropic import AsyncAnthropic
 
 from api import anthropic_routes
 from tests.api import in_process
 from tests.api.in_process import Server, serve
+from tests.api.official_clients import anthropic_of
 
 Check: TypeAlias = Callable[[Server, AsyncAnthropic], Awaitable[None]]
 
@@ -27,15 +27,9 @@ def run(check: Check, **flags: object) -> None:
     """Run `check` with a server under `flags`, and the official client pointed at it."""
 
     async def connected() -> None:
-        async with serve(anthropic_routes.router, **flags) as server:
-            transport = httpx2.ASGITransport(server.app, raise_app_exceptions=False)
-            async with AsyncAnthropic(
-                base_url="http://server",
-                api_key="none",
-                max_retries=0,
-                http_client=httpx2.AsyncClient(transport=transport),
-            ) as client:
-                await check(server, client)
+        router = anthropic_routes.router
+        async with serve(router, **flags) as server, anthropic_of(server) as client:
+            await check(server, client)
 
     asyncio.run(connected())
 

@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 import httpx
-import httpx2
 from openai import AsyncOpenAI
 
 from api import chat, completions, models
 from backend.interface import Finish
 from engine.live_request import LiveRequest
 from tests.api.in_process import Server, serve
+from tests.api.official_clients import openai_of
 
 Check: TypeAlias = Callable[[Server, AsyncOpenAI], Awaitable[None]]
 
@@ -23,15 +23,9 @@ def run(check: Check, **flags: object) -> None:
     """Run `check` with a server under `flags`, and the official client pointed at it."""
 
     async def connected() -> None:
-        async with serve(completions.router, chat.router, models.router, **flags) as server:
-            transport = httpx2.ASGITransport(server.app, raise_app_exceptions=False)
-            async with AsyncOpenAI(
-                base_url="http://server/v1",
-                api_key="none",
-                max_retries=0,
-                http_client=httpx2.AsyncClient(transport=transport),
-            ) as client:
-                await check(server, client)
+        routers = (completions.router, chat.router, models.router)
+        async with serve(*routers, **flags) as server, openai_of(server) as client:
+            await check(server, client)
 
     asyncio.run(connected())
 

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import httpx
-import httpx2
 from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -23,6 +22,7 @@ from api.hearing import Ear, Hearing, Wish
 from api.service import Service
 from api.speech import CallArguments, CallStart, Saying, Words
 from tests.api.in_process import Server, serve
+from tests.api.official_clients import openai_of
 
 PATH = "/v1/responses"
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
@@ -34,25 +34,18 @@ WEATHER: Any = {
     "strict": False,
 }
 
+GREEDY: dict[str, Any] = {"model": "fake", "input": "Tell me a story", "temperature": 0}
+SEEDED: dict[str, Any] = {"model": "fake", "input": "Tell me a story", "seed": 5}
+SCORED: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
 Check: TypeAlias = Callable[[Server, AsyncOpenAI], Awaitable[None]]
-
-
-def client_of(server: Server, key: str = "none") -> AsyncOpenAI:
-    """The official client, pointed at the server."""
-    transport = httpx2.ASGITransport(server.app, raise_app_exceptions=False)
-    return AsyncOpenAI(
-        base_url="http://server/v1",
-        api_key=key,
-        max_retries=0,
-        http_client=httpx2.AsyncClient(transport=transport),
-    )
 
 
 def run(check: Check, **flags: object) -> None:
     """Run `check` with a server under `flags`, and the official client pointed at it."""
 
     async def connected() -> None:
-        async with serve(responses.router, **flags) as server, client_of(server) as client:
+        async with serve(responses.router, **flags) as server, openai_of(server) as client:
             await check(server, client)
 
     asyncio.run(connected())

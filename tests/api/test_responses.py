@@ -14,18 +14,16 @@ from api.responses_form import ResponsesFields
 from tests.api.in_process import Server
 from tests.api.openai_bench import lose_the_device, text_of
 from tests.api.responses_bench import (
+    GREEDY,
     PATH,
+    SCORED,
+    SEEDED,
     WEATHER,
     events_of,
     nameless,
     post,
     run,
 )
-
-GREEDY: dict[str, Any] = {"model": "fake", "input": "Tell me a story", "temperature": 0}
-SEEDED: dict[str, Any] = {"model": "fake", "input": "Tell me a story", "seed": 5}
-SCORED: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-
 
 # Whole
 

@@ -12,7 +12,10 @@ from api.hearing import Named
 from tests.api.in_process import Server
 from tests.api.openai_bench import text_of
 from tests.api.responses_bench import (
+    GREEDY,
     PATH,
+    SCORED,
+    SEEDED,
     WEATHER,
     events_of,
     hear_everything,
@@ -21,8 +24,6 @@ from tests.api.responses_bench import (
     run,
 )
 
-GREEDY: dict[str, Any] = {"model": "fake", "input": "Tell me a story", "temperature": 0}
-SEEDED: dict[str, Any] = {"model": "fake", "input": "Tell me a story", "seed": 5}
 BOUND: dict[str, Any] = {
     "model": "fake",
     "input": "Where?",
@@ -30,7 +31,6 @@ BOUND: dict[str, Any] = {
     "extra_body": {"seed": 1},
     "max_output_tokens": 300,
 }
-SCORED: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 
 
 def test_thoughts_words_and_calls_are_items_of_their_own() -> None:

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from api import responses
 from api.auth import ApiKeyMiddleware, Keys
 from tests.api.in_process import Server, refusal, serve
-from tests.api.responses_bench import PATH, WEATHER, client_of, events_of, hear_everything, run
+from tests.api.official_clients import openai_of
+from tests.api.responses_bench import PATH, WEATHER, events_of, hear_everything, run
 from tests.api.test_chat import seen_by_the_model
 
 GREEDY: dict[str, Any] = {"model": "fake", "temperature": 0, "max_output_tokens": 5}
@@ -154,7 +155,7 @@ def test_another_keys_responses_do_not_exist() -> None:
         async with serve(responses.router, API_KEY="mine,yours") as server:
             keys = Keys.of(server.service.settings.server)
             server.app.add_middleware(ApiKeyMiddleware, keys=keys)
-            async with client_of(server, "mine") as me, client_of(server, "yours") as you:
+            async with openai_of(server, "mine") as me, openai_of(server, "yours") as you:
                 kept = await me.responses.create(**GREEDY, input="hi", store=True)
                 for asked in (
                     you.responses.retrieve(kept.id),
