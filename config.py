@@ -93,6 +93,9 @@ class DeviceSettings(Part):
     flash: bool = Field(True, alias="ENABLE_FLASH_ATTENTION")  # may `auto` take flash-attn
     cuda_graph: bool = Field(True, alias="ENABLE_CUDA_GRAPH")  # steps by CUDA graphs
     compile_model: bool = Field(False, alias="COMPILE_MODEL")  # torch.compile between products
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, alias="TENSOR_PARALLEL_SIZE"
+    )  # devices that share each layer of one engine
     deterministic: bool = Field(False, alias="DETERMINISTIC")  # bits free of company
     memory_fraction: float = Field(
         0.9, gt=0, le=1, alias="MEMORY_FRACTION"
@@ -142,7 +145,7 @@ class FakeSettings(Part):
 class BackendSettings(Part):
     """All that a backend's opener is handed."""
 
-    impl: Literal["auto", "hf", "fake"] = Field("auto", alias="BACKEND_IMPL")
+    impl: Literal["auto", "hf", "sglang", "mlx", "fake"] = Field("auto", alias="BACKEND_IMPL")
     model: ModelSettings = Field(default_factory=ModelSettings)
     device: DeviceSettings = Field(default_factory=DeviceSettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)

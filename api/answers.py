@@ -21,6 +21,7 @@ from backend.interface import (
     Submission,
     TokenLogprob,
     Wants,
+    settled_seed,
     with_default_length,
 )
 from backend.tokenizer import Tokenizer
@@ -165,7 +166,7 @@ class Answers:
             id=name,
             prompt=tuple(ask.prompt),
             sampling=ask.sampling,
-            seed=secrets.randbits(62) if ask.seed is None else ask.seed,
+            seed=settled_seed(ask.seed, self.pool.spec),
             wants=replace(ask.wants, progress=True) if self.progress else ask.wants,
             namespace=ask.namespace,
             group=ask.group or (name if ask.n > 1 else None),

@@ -59,6 +59,7 @@ from config import BackendSettings, FakeSettings, resolve_limits
 
 DEFAULT_TOKENS = 1 << 18  # capacity of the cache, with no budget given
 DEFAULT_MODEL_LEN = 8192
+LACKS = ("pooling",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +256,7 @@ def open_backend(
         dtype="uint32",
         attention="none",
         kv_bytes_per_token=4,
+        lacks=LACKS,
     )
     cache = PrefixCache(pages, size, settings.cache.prefix)
     return scheduler(FakeExecutor(model, spec, cache, settings.fake))

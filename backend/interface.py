@@ -40,6 +40,7 @@ from backend.sampling_params import (
 from backend.submission import (
     BackendSpec as BackendSpec,
     Submission as Submission,
+    settled_seed as settled_seed,
     with_default_length as with_default_length,
 )
 

@@ -5,8 +5,9 @@ Values. A submission is checked once, at the front, by the spec that an engine t
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from backend.errors import NeverFits, RequestRefused, TooLong
 from backend.sampling_params import NOTHING_MORE, SamplingParams, Wants
@@ -65,7 +66,8 @@ class BackendSpec:
     parameters: int = 0  # weights of the model
     weight_bytes: int = 0  # what a decode step reads besides the KV cache
     kv_bytes_per_token: int = 0
-    pools: bool = False  # can make one vector of a prompt
+    # fields of SamplingParams and Wants that it cannot honour, and "seed": refused by name
+    lacks: tuple[str, ...] = ()
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` positions."""
@@ -76,6 +78,8 @@ class BackendSpec:
 
         Pure; called once, at arrival.
         """
+        for asked in (submission.sampling, submission.wants):
+            self.check_asked(asked)
         prompt = submission.prompt
         if not prompt:
             raise RequestRefused("prompt is empty: give at least one token", "prompt")
@@ -92,22 +96,21 @@ class BackendSpec:
                 f"prompt_logprobs_from {start} is beyond the prompt of {len(prompt)} tokens",
                 "prompt_logprobs_from",
             )
-        self._check_pooling(submission)
+        if submission.wants.pooling is not None and submission.max_new_tokens:
+            raise RequestRefused(
+                "pooling is of the prompt alone: ask for no tokens (max_new_tokens 0)", "pooling"
+            )
         if not 0 <= submission.seed < 1 << 63:
             raise RequestRefused(f"seed must be 0 to 2**63 - 1, got {submission.seed}", "seed")
         self._check_room(len(prompt), submission.max_new_tokens)
 
-    def _check_pooling(self, submission: Submission) -> None:
-        if submission.wants.pooling is None:
-            return
-        if not self.pools:
-            raise RequestRefused(
-                f"pooling: the backend {self.name} makes no vectors of prompts", "pooling"
-            )
-        if submission.max_new_tokens:
-            raise RequestRefused(
-                "pooling is of the prompt alone: ask for no tokens (max_new_tokens 0)", "pooling"
-            )
+    def check_asked(self, asked: SamplingParams | Wants) -> None:
+        """Raise RequestRefused naming the first field of `asked` that this backend lacks."""
+        for field in fields(asked):
+            if field.name in self.lacks and getattr(asked, field.name) != field.default:
+                raise RequestRefused(
+                    f"{field.name}: the backend {self.name} does not support it", field.name
+                )
 
     def check_ids(self, name: str, ids: Sequence[int]) -> None:
         """Raise RequestRefused naming `name` if it holds what is no token id of this model."""
@@ -135,6 +138,18 @@ class BackendSpec:
                 f"{self.pages:,}: shorten the request or raise PAGE_TOKEN_BUDGET",
                 "prompt" if self.pages_for(prompt) > self.pages else "max_new_tokens",
             )
+
+
+def settled_seed(seed: int | None, spec: BackendSpec) -> int:
+    """The seed of an answer: what its client chose, else a random one.
+
+    Raises RequestRefused where the backend draws without regard to it.
+    """
+    if seed is None:
+        return secrets.randbits(62)
+    if "seed" in spec.lacks:
+        raise RequestRefused(f"seed: the backend {spec.name} draws without one", "seed")
+    return seed
 
 
 def with_default_length(submission: Submission, spec: BackendSpec, default: int) -> Submission:

@@ -9,7 +9,6 @@ One thread. Streams may be interleaved: whoever asks for the next piece drives t
 from __future__ import annotations
 
 import itertools
-import secrets
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -32,6 +31,7 @@ from backend.interface import (
     Submission,
     TokenLogprob,
     Wants,
+    settled_seed,
     with_default_length,
 )
 from backend.tokenizer import open_tokenizer
@@ -217,7 +217,7 @@ class LLM:
             id=f"{number}-0",
             prompt=tuple(ids),
             sampling=sampling,
-            seed=secrets.randbits(62) if seed is None else seed,
+            seed=settled_seed(seed, self.spec),
             wants=wants,
             group=f"{number}" if n > 1 else None,
             arrival=time.monotonic(),

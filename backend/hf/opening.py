@@ -114,12 +114,16 @@ def _spec(settings: BackendSettings, loaded: Loaded, pages: int) -> BackendSpec:
         parameters=loaded.model.parameters,
         weight_bytes=loaded.model.weight_bytes,
         kv_bytes_per_token=loaded.kv_bytes,
-        pools=True,
     )
 
 
 def _load(settings: BackendSettings) -> Loaded:
     started = time.monotonic()
+    if settings.device.tensor_parallel > 1:
+        raise Unsupported(
+            f"TENSOR_PARALLEL_SIZE={settings.device.tensor_parallel}: the backend hf runs on one "
+            "device; use BACKEND_IMPL=sglang or TENSOR_PARALLEL_SIZE=1"
+        )
     device = _choose_device(settings.device)
     files = resolve(settings.model)
     placing = Placing(

@@ -6,10 +6,18 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
-from backend.interface import Finish, Grammar, RequestRefused, SamplingParams, Wants
+from backend.interface import (
+    Finish,
+    Grammar,
+    RequestRefused,
+    SamplingParams,
+    Wants,
+    settled_seed,
+)
 from backend.tokenizer import open_tokenizer
 from tests.conformance.cases import PLAIN, PROMPTS, SAMPLINGS, ask, varied
 from tests.conformance.driver import Driver
@@ -198,13 +206,9 @@ def top(driver: Driver) -> None:
 
 
 def pooling(driver: Driver) -> None:
-    """A vector of the prompt, whatever is cached of it; or a refusal by name."""
+    """A vector of the prompt, whatever is cached of it."""
     none, prompt = replace(PLAIN, max_new_tokens=0), PROMPTS[4]
     asked = [ask(kind, prompt, none, wants=Wants(pooling=kind)) for kind in ("mean", "last")]
-    if not driver.spec.pools:
-        with pytest.raises(RequestRefused, match="pooling"):
-            driver.run(*asked)
-        return
     mean, last = driver.run(*asked)
     for answer, again in zip((mean, last), driver.run(*asked), strict=True):
         assert answer.tokens == []
@@ -252,9 +256,43 @@ FIELDS: dict[str, Callable[[Driver], None]] = {
 }
 
 
+def refused(driver: Driver, name: str) -> None:
+    """A field that the backend lacks is refused by name, as long as it asks for anything."""
+    sampling = [field.name for field in fields(SamplingParams)]
+    asked = {name: UNUSUAL[name]}
+    submission = (
+        ask("a", sampling=replace(PLAIN, **asked)) if name in sampling
+        else ask("a", sampling=replace(PLAIN, max_new_tokens=0), wants=Wants(**asked))
+    )  # fmt: skip
+    with pytest.raises(RequestRefused, match=name) as refusal:
+        driver.submit(submission)
+    assert refusal.value.param == name
+
+
+UNUSUAL: dict[str, Any] = {  # a value that asks for something, of what some backend lacks
+    "grammar": Grammar("regex", "a"),
+    "pooling": "mean",
+    "progress": True,
+}
+
+
 @pytest.mark.parametrize(
     "name", [field.name for kind in (SamplingParams, Wants) for field in fields(kind)]
 )
-def test_each_field_has_the_effect_that_it_documents(driver: Driver, name: str) -> None:
+def test_each_field_has_the_effect_that_it_documents_or_is_refused(
+    driver: Driver, name: str
+) -> None:
     assert name in FIELDS, f"{name} is a new field: say in a case here what it does"
-    FIELDS[name](driver)
+    if name in driver.spec.lacks:
+        refused(driver, name)
+    else:
+        FIELDS[name](driver)
+
+
+def test_a_seed_that_would_not_matter_is_refused(driver: Driver) -> None:
+    assert 0 <= settled_seed(None, driver.spec) < 1 << 62
+    if "seed" in driver.spec.lacks:
+        with pytest.raises(RequestRefused, match="seed"):
+            settled_seed(7, driver.spec)
+    else:
+        assert settled_seed(7, driver.spec) == 7

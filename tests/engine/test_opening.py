@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from backend.interface import StartFailed
+from backend.interface import StartFailed, Unsupported
 from config import OPENMP_SPINS, BackendSettings, ConfigError, ModelSettings, read_settings
+from engine import opening
 from engine.opening import BACKENDS, open_backend
 
 SPINS = "GOMP_SPINCOUNT"
@@ -32,14 +34,44 @@ def _spins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SPINS)
 
 
-def test_auto_says_what_it_chose(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+APPLE = ("Darwin", "arm64")
+
+
+@pytest.mark.parametrize(
+    ("system", "installed", "chosen", "why"),
+    [
+        (APPLE, True, "mlx", "mlx-lm is installed"),
+        (APPLE, False, "hf", "mlx-lm is not installed"),
+        (("Darwin", "x86_64"), True, "hf", "fastest on this machine"),
+        (("Linux", "aarch64"), True, "hf", "fastest on this machine"),
+    ],
+)
+def test_auto_takes_mlx_on_apple_silicon_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    system: tuple[str, str],
+    installed: bool,
+    chosen: str,
+    why: str,
 ) -> None:
-    monkeypatch.setitem(BACKENDS, "hf", BACKENDS["fake"])  # no model is loaded for this
+    monkeypatch.setattr(platform, "system", lambda: system[0])
+    monkeypatch.setattr(platform, "machine", lambda: system[1])
+    monkeypatch.setattr(opening, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setitem(BACKENDS, chosen, BACKENDS["fake"])
     caplog.set_level(logging.INFO)
     open_backend(BackendSettings(impl="auto"))
     (said,) = [message for message in caplog.messages if "BACKEND_IMPL=auto" in message]
-    assert "hf" in said
+    assert said.startswith(f"BACKEND_IMPL=auto: {chosen}, as ")
+    assert why in said
+
+
+@pytest.mark.parametrize("name", ["sglang", "mlx"])
+def test_a_backend_whose_package_is_missing_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    with pytest.raises(Unsupported, match=rf'^[^\n]*pip install "mini-sglang\[{name}\]"[^\n]*$'):
+        open_backend(BackendSettings(impl=name))
 
 
 def test_a_backend_asked_for_by_name_is_no_choice_to_speak_of(
