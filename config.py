@@ -87,7 +87,7 @@ class DeviceSettings(Part):
     """Where the model runs and by which kernels."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", alias="DEVICE")
-    attention: Literal["auto", "sdpa", "triton", "flash", "flashinfer"] = Field(
+    attention: Literal["auto", "sdpa", "triton", "flash", "flashinfer", "sgl_kernel"] = Field(
         "auto", alias="ATTN_IMPL"
     )
     flash: bool = Field(True, alias="ENABLE_FLASH_ATTENTION")  # may `auto` take flash-attn

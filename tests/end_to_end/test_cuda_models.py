@@ -66,7 +66,7 @@ def opened(folder: Path, **flags: object) -> Iterator[LLM]:
     try:
         llm = LLM(settings(**{**common, **room, **flags}))
     except Unsupported as error:
-        if flags.get("ATTN_IMPL") not in ("flash", "flashinfer"):  # those want a package
+        if flags.get("ATTN_IMPL") not in ("flash", "flashinfer", "sgl_kernel"):  # want a package
             raise
         pytest.skip(str(error))
     with llm:

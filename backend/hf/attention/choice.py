@@ -91,7 +91,14 @@ ATTENTION: dict[str, Choice] = {
         (Package("flashinfer", widths=(64, 128, 256)),),
         source=EXTRA,
     ),
+    "sgl_kernel": Choice(
+        "backend.hf.attention.sgl_kernel:SglKernelAttention",
+        (Package("sgl_kernel.flash_attn", (9, 0), (10, 0), widths=range(8, 257, 8)),),
+        source="pip install sglang-kernel",
+        capturable=True,
+    ),
 }
+FLASH = ("flash", "sgl_kernel")  # what ENABLE_FLASH_ATTENTION=0 refuses
 
 
 def choose_attention(
@@ -116,7 +123,7 @@ def choose_attention(
                 "without regard to the others"
             )
         name, asked, instead = "triton", "DETERMINISTIC=1", "DETERMINISTIC=0"
-    if name == "flash" and not settings.flash:
+    if name in FLASH and not settings.flash:
         raise Unsupported(f"{asked} and ENABLE_FLASH_ATTENTION=0 exclude each other")
     missing = lack(name, device, dtype, geometry)
     if missing is not None:

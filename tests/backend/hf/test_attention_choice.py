@@ -118,7 +118,7 @@ def test_a_name_is_what_it_says(machine: Machine) -> None:
 
 
 def test_a_name_is_refused_with_what_it_lacks_and_what_to_do(machine: Machine) -> None:
-    for name in ("triton", "flash", "flashinfer"):
+    for name in ("triton", "flash", "flashinfer", "sgl_kernel"):
         line = refusal(name, device="cpu")
         assert line == f"ATTN_IMPL={name} cannot run here, as DEVICE is cpu: use ATTN_IMPL=sdpa"
     machine((), (9, 0))
@@ -138,11 +138,33 @@ def test_a_name_is_refused_with_what_it_lacks_and_what_to_do(machine: Machine) -
     assert "ENABLE_FLASH_ATTENTION=0" in refusal("flash", flash=False)
 
 
+def test_sglangs_kernels_are_refused_with_what_they_lack(machine: Machine) -> None:
+    machine(("triton",), (9, 0))
+    assert refusal("sgl_kernel") == (
+        "ATTN_IMPL=sgl_kernel cannot run here, as sgl_kernel.flash_attn is not installed "
+        "(pip install sglang-kernel): use ATTN_IMPL=sdpa"
+    )
+    machine(EXTRAS, (9, 0))
+    assert chosen("sgl_kernel") == chosen("sgl_kernel", dtype=torch.float16) == "sgl_kernel"
+    assert "takes bfloat16 and float16, not float32" in refusal("sgl_kernel", dtype=torch.float32)
+    assert "no kernel for keys of 20 and values of 20 a head" in refusal("sgl_kernel", width=20)
+    line = refusal("sgl_kernel", flash=False)
+    assert line == "ATTN_IMPL=sgl_kernel and ENABLE_FLASH_ATTENTION=0 exclude each other"
+    for capability in ((8, 9), (10, 0)):
+        machine(EXTRAS, capability)
+        assert "9.0 or later, below 10.0, this device has" in refusal("sgl_kernel")
+
+
+def test_auto_does_not_take_sglangs_kernels(machine: Machine) -> None:
+    machine(("triton", "sgl_kernel.flash_attn"), (9, 0))
+    assert chosen() == "triton"
+
+
 def test_only_triton_is_deterministic(machine: Machine) -> None:
     machine(("triton", *EXTRAS), (9, 0))
     for name in ("auto", "triton"):
         assert chosen(name, deterministic=True) == "triton"
-    for name in ("sdpa", "flash", "flashinfer"):
+    for name in ("sdpa", "flash", "flashinfer", "sgl_kernel"):
         assert f"DETERMINISTIC=1 and ATTN_IMPL={name}" in refusal(name, deterministic=True)
     line = refusal("auto", device="cpu", deterministic=True)
     assert line == "DETERMINISTIC=1 cannot run here, as DEVICE is cpu: use DETERMINISTIC=0"
