@@ -8,7 +8,7 @@
 #   make bench   both benchmarks on the small model, without and with HTTP
 #   make venv    the environment alone
 #   make client-wall    clients that others wrote, in an environment of their own, against the small model
-#   make cuda-check PART=correct|speed|http|wide    what must hold on a CUDA device
+#   make cuda-check PART=correct|speed|http|wide|sglang    what must hold on a CUDA device
 #
 # PORT=8001 serves elsewhere. PYTHON=python3.12 picks the interpreter that makes the environment.
 

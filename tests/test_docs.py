@@ -13,9 +13,12 @@ import pytest
 
 PAGES = [
     "README.md",
+    "docs/add-a-backend.md",
+    "docs/add-a-model.md",
     "docs/anthropic.md",
     "docs/api.md",
     "docs/architecture.md",
+    "docs/backends.md",
     "docs/batch.md",
     "docs/benchmarks.md",
     "docs/cache_explain.md",

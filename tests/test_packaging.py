@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PathDistribution, packages_distributions
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from packaging.utils import canonicalize_name
 
 PAGE = "api/static"  # files that are no modules
 LOADED_BY_NAME = {"uvicorn", "uvloop", "httptools", "watchfiles"}  # the server, and what it uses
+# the folder of each optional backend, which alone may import what its extra brings
+EXTRA_FOLDERS = {"mlx": "backend/mlx", "sglang": "backend/sglang"}
+PINNED = {"requirements.txt": ("",), "requirements-dev.txt": ("dev", "mlx")}  # file -> extras
 
 
 def third_party(source: Path) -> set[str]:
@@ -103,27 +107,47 @@ def test_an_unpacked_wheel_answers_far_from_the_tree(wheel: Path, tmp_path: Path
     subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path)
 
 
+def canonical_names(found: Iterable[Requirement]) -> set[str]:
+    return {canonicalize_name(each.name) for each in found}
+
+
+def distribution(module: str, providers: Mapping[str, Sequence[str]]) -> str:
+    """What a top-level module is installed by. Of several, such as builds of mlx, it is the one
+    that is called like it.
+    """
+    found = [canonicalize_name(each) for each in providers.get(module, [module])]
+    same = canonicalize_name(module)
+    return same if same in found else found[0]
+
+
 def test_every_import_is_a_declared_dependency_and_every_dependency_is_imported(
     root: Path, sources: list[Path], metadata: PathDistribution
 ) -> None:
     ours = {path.parts[0].removesuffix(".py") for path in sources}
-    imported: set[str] = set()
-    for path in sources:
-        imported |= third_party(root / path) - ours
     providers = packages_distributions()
-    used = {canonicalize_name(providers.get(name, [name])[0]) for name in imported}
+    extras = {extra: canonical_names(wanted(metadata, extra)) for extra in EXTRA_FOLDERS}
+    used, used_of = set[str](), {extra: set[str]() for extra in extras}
+    for path in sources:
+        found = {distribution(each, providers) for each in third_party(root / path) - ours}
+        for extra, folder in EXTRA_FOLDERS.items():
+            if path.is_relative_to(folder):
+                used_of[extra] |= found & extras[extra]
+                found -= extras[extra]
+        used |= found
+    assert used_of == extras
     used.discard("pydantic-core")  # comes with pydantic, which pins it
     used.discard("triton")  # comes with the CUDA builds of torch, which pin it
-    assert used | LOADED_BY_NAME == {canonicalize_name(each.name) for each in wanted(metadata)}
+    assert used | LOADED_BY_NAME == canonical_names(wanted(metadata))
 
 
 def test_the_pins_are_the_dependencies_and_lie_within_their_ranges(
     root: Path, metadata: PathDistribution
 ) -> None:
-    for file, extra in (("requirements.txt", ""), ("requirements-dev.txt", "dev")):
-        ranges = {canonicalize_name(each.name): each.specifier for each in wanted(metadata, extra)}
+    for file, extras in PINNED.items():
+        declared = [each for extra in extras for each in wanted(metadata, extra)]
+        ranges = {canonicalize_name(each.name): each.specifier for each in declared}
         pins = requirements(root / file)
-        assert {canonicalize_name(pin.name) for pin in pins} == ranges.keys()
+        assert canonical_names(pins) == ranges.keys()
         for pin in pins:
             (exact,) = pin.specifier
             assert exact.operator == "=="

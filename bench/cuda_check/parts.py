@@ -54,4 +54,20 @@ PARTS: dict[str, tuple[Measurement, ...]] = {
         ),
         Measurement("a larger model", "bench.cuda_check.wide:large", 120, shape="large"),
     ),
+    "sglang": (
+        # a first start compiles for minutes
+        Measurement(
+            "SGLang, both ways",
+            "bench.cuda_check.sglang_beside:beside_direct",
+            300,
+            {"BACKEND_IMPL": "sglang"},
+        ),
+        Measurement("native", "bench.cuda_check.sglang_beside:native", 80, {"BACKEND_IMPL": "hf"}),
+        Measurement(
+            "native, kernels of SGLang",
+            "bench.cuda_check.sglang_beside:native",
+            90,
+            {"BACKEND_IMPL": "hf", "ATTN_IMPL": "sgl_kernel"},
+        ),
+    ),
 }

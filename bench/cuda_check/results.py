@@ -83,6 +83,12 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
 SHARES = (
     ("http_share_of_offline", "http_output_tokens_per_s", "http_offline_output_tokens_per_s"),
     ("deterministic_share", "deterministic_output_tokens_per_s", "usual_output_tokens_per_s"),
+    ("sglang_share_of_direct", "sglang_output_tokens_per_s", "sglang_direct_output_tokens_per_s"),
+    (
+        "sglang_share_of_direct_streamed",
+        "sglang_output_tokens_per_s",
+        "sglang_direct_streamed_output_tokens_per_s",
+    ),
     ("shared_prefix_gain", "shared_prefix_tokens_per_s", "shared_prefix_uncached_tokens_per_s"),
 )
 

@@ -5,13 +5,18 @@ A new backend is one entry of `BACKENDS`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backend.interface import SamplingParams, Submission
+import pytest
+
+from backend.interface import BackendSpec, SamplingParams, Submission
 from config import BackendSettings, DeviceSettings, FakeSettings, ModelSettings
+from tests.backend.sglang.engine_double import stand_in
 from tests.conformance.driver import Answer, Driver
 
 Opener = Callable[..., Driver]
@@ -53,6 +58,28 @@ def tiny(family: str) -> Callable[[Path], BackendSettings]:
     return settings
 
 
+def tiny_mlx(family: str) -> Callable[[Path], BackendSettings]:
+    """The same over mlx-lm, on whatever device that finds; skipped where it is not installed."""
+
+    def settings(folder: Path) -> BackendSettings:
+        pytest.importorskip("mlx_lm", reason="mlx-lm wants Python 3.11, on Linux or macOS")
+        return tiny(family)(folder).model_copy(update={"impl": "mlx", "device": DeviceSettings()})
+
+    return settings
+
+
+def sglang_double(folder: Path) -> BackendSettings:
+    """Our adapter over a stand-in for SGLang's engine, which reads seeds with DETERMINISTIC=1."""
+    config = {**SHAPE, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_tiny_tokenizer(folder)
+    return BackendSettings(
+        impl="sglang",
+        model=ModelSettings(local_dir=str(folder), load_format="dummy"),
+        device=DeviceSettings(deterministic=True),
+    )
+
+
 def save_tiny_model(family: str, folder: Path) -> None:
     import torch
     import transformers
@@ -83,6 +110,14 @@ BACKENDS: dict[str, Callable[[Path], BackendSettings]] = {
     "fake, three steps deep": fake(depth=3),
     "hf, llama": tiny("Llama"),
     "hf, qwen3": tiny("Qwen3"),
+    "mlx, llama": tiny_mlx("Llama"),
+    "mlx, qwen3": tiny_mlx("Qwen3"),
+    "sglang, double": sglang_double,
+}
+# What stands in for a runtime that is not here, while its entry is tested: one whose tokens come
+# two at a time, and for a while after a cancel.
+DOUBLES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "sglang, double": partial(stand_in, step_s=0.001, quiet_steps=1, late_steps=2)
 }
 
 
@@ -103,14 +138,22 @@ SAMPLINGS = (
 )
 
 
+def honoured(sampling: SamplingParams, spec: BackendSpec) -> SamplingParams:
+    """`sampling` without what the backend lacks: that is refused, which has tests of its own."""
+    plain: dict[str, Any] = {
+        each.name: each.default for each in fields(sampling) if each.name in spec.lacks
+    }
+    return replace(sampling, **plain)
+
+
 def ask(
     id: str, prompt: Sequence[int] = PROMPTS[2], sampling: SamplingParams = PLAIN, **more: Any
 ) -> Submission:
     return Submission(id, tuple(prompt), sampling, **{"seed": 1, **more})
 
 
-def varied() -> list[Submission]:
+def varied(spec: BackendSpec) -> list[Submission]:
     return [
-        ask(str(index), prompt, sampling, seed=index)
+        ask(str(index), prompt, honoured(sampling, spec), seed=index)
         for index, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True))
     ]

@@ -9,7 +9,7 @@ import pytest
 from backend.interface import Submission
 from config import BatchSettings, CacheSettings
 from engine.opening import open_backend
-from tests.conformance.cases import BACKENDS, Alone, Opener
+from tests.conformance.cases import BACKENDS, DOUBLES, Alone, Opener
 from tests.conformance.driver import Answer, Driver
 
 
@@ -21,12 +21,16 @@ def known() -> dict[tuple[str, Submission], Answer]:
 
 @pytest.fixture(params=BACKENDS)
 def opened(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Opener]:
     """Opens the backend under test; what it holds at the end of the test is counted."""
     base = tmp_path_factory.getbasetemp() / request.param.replace(", ", "-")
     base.mkdir(exist_ok=True)
     drivers: list[Driver] = []
+    if request.param in DOUBLES:
+        DOUBLES[request.param](monkeypatch)
 
     def open_one(
         *,
