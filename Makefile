@@ -35,9 +35,8 @@ demo: model
 serve: model
 	MODEL_LOCAL_DIR=$(MODEL) ZMQ_CONTROL=1 $(IN_VENV)/python -m uvicorn api.server:app --port $(PORT)
 
-# Two processes, which must agree on what there is to test, also where a set says it.
 test: model lint
-	PYTHONHASHSEED=0 $(IN_VENV)/python -m pytest -n 2 --dist loadfile
+	$(IN_VENV)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(IN_VENV)/ruff check .

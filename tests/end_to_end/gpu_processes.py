@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 import psutil
 
+ANSWER_S = 60.0  # that the driver may take, beside a process that it is taking apart
+
 
 def used_mib() -> int:
     """The first device's memory that is in use, by whomever."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_S)
+    return int(done.stdout)
 
 
 def say(what: str) -> None:
